@@ -1,0 +1,1 @@
+"""Bytes and rows: object storage, readers and writers."""

@@ -1,0 +1,1 @@
+"""Prompts in, completions out, on one host: the engine, usable without the job framework."""

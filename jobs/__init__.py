@@ -1,0 +1,1 @@
+"""What to run and where it stands: the job protocol on a folder in object storage."""

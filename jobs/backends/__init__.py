@@ -1,0 +1,1 @@
+"""Where workers run: each backend submits and cancels workers, nothing more."""

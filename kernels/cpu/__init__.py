@@ -1,0 +1,1 @@
+"""The operators for CPUs, in C++ behind a plain C ABI."""

@@ -1,0 +1,167 @@
+"""The operators' contracts (shapes, dtypes, layouts) and the dispatch by device.
+
+Every implementation (``reference``, ``cpu``, ``triton``) provides all methods of :class:`Operators`
+with one signature; ``reference`` defines what is correct. T is the number of tokens of a step, S the
+number of sequences in it, H the hidden size, D the head size, Hq and Hkv the query and KV heads.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class KVSpec:
+    """The shape of a KV cache: ``dtype`` is a torch dtype (int8 and fp8 caches keep scales beside)."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+    dtype: torch.dtype
+
+
+class KVCache(Protocol):
+    """Paged keys and values of all layers. Opaque: only the operators that made it look inside."""
+
+    spec: KVSpec
+    block_size: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """Where the tokens of a step stand, made once a step and shared by all layers.
+
+    Tokens are packed sequence after sequence. ``query_starts`` int32 [S + 1]: sequence i owns the
+    tokens query_starts[i]:query_starts[i + 1], at least one. ``positions`` int64 [T] in the sequence.
+    ``context_lens`` int32 [S]: tokens of the sequence in the cache once this step has stored its own,
+    so its queries stand at the last positions. ``block_tables`` int32 [S, max_blocks]: block ids,
+    any value past the end. ``slots`` int64 [T]: block id * block_size + offset, where the token's
+    keys and values are stored. ``max_query`` and ``max_context`` are host integers.
+    """
+
+    query_starts: torch.Tensor
+    positions: torch.Tensor
+    context_lens: torch.Tensor
+    block_tables: torch.Tensor
+    slots: torch.Tensor
+    max_query: int
+    max_context: int
+
+
+class PackedLinear(Protocol):
+    """The weight of one product in the layout that its implementation reads fastest. Opaque."""
+
+    out_features: int
+    in_features: int
+
+
+class Operators(Protocol):
+    """All operators of one implementation. Activations are in the model's dtype unless said."""
+
+    name: str
+
+    def block_size(self, spec: KVSpec) -> int:
+        """Tokens of one block of the KV cache."""
+        ...
+
+    def block_bytes(self, spec: KVSpec) -> int:
+        """Bytes of one block over all layers, keys and values and scales."""
+        ...
+
+    def allocate_kv(self, spec: KVSpec, num_blocks: int, device: torch.device) -> KVCache:
+        """Allocate a cache; its content is undefined, but finite."""
+        ...
+
+    def pack_linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, quantize: str | None
+    ) -> PackedLinear:
+        """Lay out ``weight`` [out, in] (and ``bias`` [out]) for ``linear``; may keep or copy it."""
+        ...
+
+    def linear(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
+        """``x`` [T, in] times the weight's transpose, plus its bias: [T, out], x's dtype."""
+        ...
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 inside: x's shape."""
+        ...
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual sum x + residual (rounded to x's dtype), normed: (normed, sum), both [T, H]."""
+        ...
+
+    def rotary_and_store(
+        self,
+        qkv: torch.Tensor,
+        cos_sin: torch.Tensor,
+        batch: AttentionBatch,
+        kv: KVCache,
+        layer: int,
+        num_heads: int,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+        eps: float,
+    ) -> torch.Tensor:
+        """Norm (where given, over D), rotate q and k, store k and v in the cache, return q [T, Hq, D].
+
+        ``qkv`` [T, (Hq + 2 * Hkv) * D]: queries, keys, values. ``cos_sin`` fp32 [max_context, R]:
+        R / 2 cosines, then R / 2 sines, R <= D the rotated size. Rotation pairs dimension i with
+        i + R / 2 (the Hugging Face layout); dimensions from R on pass through.
+        """
+        ...
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        kv: KVCache,
+        layer: int,
+        batch: AttentionBatch,
+        scale: float,
+        window: int,
+        soft_cap: float,
+    ) -> torch.Tensor:
+        """Causal attention of ``q`` [T, Hq, D] over the cache, softmax in fp32: [T, Hq * D].
+
+        A query at position p sees positions max(0, p - window + 1) .. p; ``window`` 0 is no limit.
+        ``soft_cap`` > 0 replaces a score s by soft_cap * tanh(s / soft_cap). Query head h reads KV
+        head h // (Hq / Hkv). The result for a token depends on nothing but its own sequence.
+        """
+        ...
+
+    def gated_activation(self, gate_up: torch.Tensor, kind: str) -> torch.Tensor:
+        """act(gate) * up of ``gate_up`` [T, 2 * I] (gate first): [T, I]; kind silu or gelu_tanh."""
+        ...
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        keys: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """Choose a token a row: argmax(logits / temperature + Gumbel noise), int64 [S].
+
+        ``logits`` fp32 [S, V], -inf where masked; ``temperature`` fp32 [S], 0 is greedy (the lowest id
+        among equals); ``keys`` int64 [S, 2], the two 32-bit words of each row's Philox key;
+        ``positions`` int64 [S], the position of the token to be chosen. Noise of token v is
+        -log(-log(u)) with u from word v % 4 of Philox4x32-10 at counter (position, v // 4, 0, 0):
+        u = (word >> 8 + 0.5) / 2**24, so that all implementations draw the same bits.
+        """
+        ...
+
+
+def operators_for(device: torch.device, name: str = "auto") -> Operators:
+    """The implementation called ``name``, or the fastest that works on ``device``.
+
+    Raises ValueError for a name that the device can't run.
+    """
+    raise NotImplementedError
