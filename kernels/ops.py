@@ -7,6 +7,7 @@ number of sequences in it, H the hidden size, D the head size, Hq and Hkv the qu
 
 from __future__ import annotations
 
+import importlib
 import logging
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,6 +15,10 @@ from typing import Protocol
 import torch
 
 logger = logging.getLogger(__name__)
+
+
+class KernelsUnavailable(ImportError):
+    """Why an implementation can't work here, as one sentence: no compiler, an unknown instruction set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,10 @@ class PackedLinear(Protocol):
 
 
 class Operators(Protocol):
-    """All operators of one implementation. Activations are in the model's dtype unless said."""
+    """All operators of one implementation.
+
+    Activations are in the model's dtype unless said; the weights of norms are always fp32.
+    """
 
     name: str
 
@@ -154,7 +162,9 @@ class Operators(Protocol):
         among equals); ``keys`` int64 [S, 2], the two 32-bit words of each row's Philox key;
         ``positions`` int64 [S], the position of the token to be chosen. Noise of token v is
         -log(-log(u)) with u from word v % 4 of Philox4x32-10 at counter (position, v // 4, 0, 0):
-        u = (word >> 8 + 0.5) / 2**24, so that all implementations draw the same bits.
+        u = ((word >> 8) + 0.5) / 2**24, so that all implementations draw the same bits. That u has 25
+        significant bits: in fp32 the half is lost above 2**23 and u may round to 1, so take the inner
+        logarithm in fp64, or of 1 - u by log1p.
         """
         ...
 
@@ -162,6 +172,31 @@ class Operators(Protocol):
 def operators_for(device: torch.device, name: str = "auto") -> Operators:
     """The implementation called ``name``, or the fastest that works on ``device``.
 
-    Raises ValueError for a name that the device can't run.
+    ``auto`` is ``cpu`` on CPUs and ``triton`` on CUDA; where that one is absent or can't work it is
+    ``reference``, with one warning that says why. Raises ValueError for a name that the device can't
+    run, and KernelsUnavailable where the implementation asked for by name doesn't work here.
     """
-    raise NotImplementedError
+    fastest = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
+    if name not in ("auto", "reference", fastest):
+        raise ValueError(
+            f"operators is {name!r}, but {device.type} runs auto, reference"
+            + (f" or {fastest}." if fastest else " only.")
+        )
+    if name == "auto" and fastest is not None:
+        try:
+            return _load(fastest)
+        except KernelsUnavailable as why:
+            logger.warning("The reference operators run in place of the fast ones: %s", why)
+    elif name != "auto" and name != "reference":
+        return _load(name)
+    return _load("reference")
+
+
+def _load(name: str) -> Operators:
+    """Import one implementation's module, whose ``load()`` makes its operators."""
+    module = f"{__package__}.{name}.operators" if name != "reference" else f"{__package__}.reference"
+    try:
+        loaded: Operators = importlib.import_module(module).load()
+    except ModuleNotFoundError as error:
+        raise KernelsUnavailable(f"the {name} operators need the module {error.name}.") from error
+    return loaded

@@ -1,0 +1,278 @@
+"""The operators in plain torch: the definition of correct, on any device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .ops import AttentionBatch, KVCache, KVSpec, PackedLinear
+
+# fp32 elements of the largest temporary that attention makes: 64 MiB.
+_ATTENTION_ELEMENTS = 1 << 24
+
+_MASK32 = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceKVCache:
+    """Keys and values of all layers: each [num_layers, num_blocks, block_size, Hkv, D]."""
+
+    spec: KVSpec
+    block_size: int
+    num_blocks: int
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceLinear:
+    """A weight [out, in] and a bias [out] as they are."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    @property
+    def out_features(self) -> int:
+        """Columns of the product."""
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the input."""
+        return self.weight.shape[1]
+
+
+class ReferenceOperators:
+    """See :class:`~batchinfer.kernels.ops.Operators` for the contract of every method."""
+
+    name = "reference"
+
+    def block_size(self, spec: KVSpec) -> int:
+        """16 tokens a block."""
+        return 16
+
+    def block_bytes(self, spec: KVSpec) -> int:
+        """Bytes of keys and values of one block over all layers."""
+        per_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_size * spec.dtype.itemsize
+        return per_token * self.block_size(spec)
+
+    def allocate_kv(self, spec: KVSpec, num_blocks: int, device: torch.device) -> ReferenceKVCache:
+        """Zeroed pages. Raises ValueError for a dtype that needs scales."""
+        if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"The reference operators keep no KV cache of {spec.dtype}.")
+        size = self.block_size(spec)
+        shape = (spec.num_layers, num_blocks, size, spec.num_kv_heads, spec.head_size)
+        keys, values = (torch.zeros(shape, dtype=spec.dtype, device=device) for _ in range(2))
+        return ReferenceKVCache(spec, size, num_blocks, keys, values)
+
+    def pack_linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, quantize: str | None
+    ) -> ReferenceLinear:
+        """Keep the weight. Raises ValueError when asked to quantize it."""
+        if quantize is not None:
+            raise ValueError(f"The reference operators can't quantize weights to {quantize}.")
+        return ReferenceLinear(weight, bias)
+
+    def linear(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
+        """[T, in] -> [T, out]."""
+        assert isinstance(weight, ReferenceLinear)
+        return F.linear(x, weight.weight, weight.bias)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Over the last dimension, in fp32 inside."""
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return (normed * weight).to(x.dtype)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(normed, sum)."""
+        total = x + residual
+        return self.rms_norm(total, weight, eps), total
+
+    def rotary_and_store(
+        self,
+        qkv: torch.Tensor,
+        cos_sin: torch.Tensor,
+        batch: AttentionBatch,
+        kv: KVCache,
+        layer: int,
+        num_heads: int,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+        eps: float,
+    ) -> torch.Tensor:
+        """Returns the rotated queries [T, Hq, D]; keys and values go to the cache."""
+        assert isinstance(kv, ReferenceKVCache)
+        kv_heads, size = kv.spec.num_kv_heads, kv.spec.head_size
+        q, k, v = qkv.unflatten(-1, (-1, size)).split((num_heads, kv_heads, kv_heads), dim=1)
+        if q_norm is not None:
+            q = self.rms_norm(q, q_norm, eps)
+        if k_norm is not None:
+            k = self.rms_norm(k, k_norm, eps)
+        turn = cos_sin[batch.positions].unsqueeze(1)
+        q, k = _rotate(q, turn), _rotate(k, turn)
+        kv.keys[layer].flatten(0, 1)[batch.slots] = k.to(kv.spec.dtype)
+        kv.values[layer].flatten(0, 1)[batch.slots] = v.to(kv.spec.dtype)
+        return q
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        kv: KVCache,
+        layer: int,
+        batch: AttentionBatch,
+        scale: float,
+        window: int,
+        soft_cap: float,
+    ) -> torch.Tensor:
+        """[T, Hq, D] -> [T, Hq * D], in fp32 inside.
+
+        Sequences with equally many queries are computed together, padded to the longest context
+        among them: the decodes at once, prefill chunks mostly one by one.
+        """
+        assert isinstance(kv, ReferenceKVCache)
+        out = torch.empty_like(q)
+        starts = batch.query_starts.tolist()
+        contexts = batch.context_lens.tolist()
+        groups: dict[int, list[int]] = {}
+        for i in sorted(range(len(contexts)), key=contexts.__getitem__):
+            groups.setdefault(starts[i + 1] - starts[i], []).append(i)
+        for queries, members in groups.items():
+            for part in _portions(members, contexts, queries, q.shape[1], kv.spec):
+                index = torch.tensor(part, device=q.device)
+                first = batch.query_starts[index].long()
+                tokens = first[:, None] + torch.arange(queries, device=q.device)
+                context = max(contexts[i] for i in part)
+                out[tokens] = _attend(
+                    q[tokens], kv, layer, batch, index, tokens, context, scale, window, soft_cap
+                )
+        return out.flatten(1)
+
+    def gated_activation(self, gate_up: torch.Tensor, kind: str) -> torch.Tensor:
+        """[T, 2 * I] -> [T, I]."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        if kind == "silu":
+            return F.silu(gate) * up
+        if kind == "gelu_tanh":
+            return F.gelu(gate, approximate="tanh") * up
+        raise ValueError(f"Unknown activation {kind!r}.")
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        keys: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """[S, V] -> int64 [S]; noise is drawn only for the rows with a temperature."""
+        tokens = logits.argmax(-1)
+        noisy = temperature.nonzero().flatten()
+        if len(noisy):
+            noise = gumbel_noise(keys[noisy], positions[noisy], logits.shape[1])
+            scores = logits[noisy].double() / temperature[noisy, None].double() + noise
+            tokens[noisy] = scores.argmax(-1)
+        return tokens
+
+
+def load() -> ReferenceOperators:
+    """The operators of this module."""
+    return ReferenceOperators()
+
+
+def philox(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Philox4x32-10: four counter words and two key words (int64, each below 2**32) to four words.
+
+    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Shapes broadcast. Products
+    of two 32-bit words wrap in int64, which leaves both halves intact.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            ((second >> 32) & _MASK32) ^ c1 ^ k0,
+            second & _MASK32,
+            ((first >> 32) & _MASK32) ^ c3 ^ k1,
+            first & _MASK32,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
+    return c0, c1, c2, c3
+
+
+def gumbel_noise(keys: torch.Tensor, positions: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """The noise of ``Operators.sample``: fp64 [S, vocabulary] for ``keys`` [S, 2], ``positions`` [S]."""
+    quads = torch.arange((vocabulary + 3) // 4, device=keys.device)
+    zero = torch.zeros_like(quads)
+    counter = (positions[:, None], quads, zero, zero)
+    words = torch.stack(philox(counter, (keys[:, :1], keys[:, 1:])), dim=-1).flatten(1)
+    uniform = ((words[:, :vocabulary] >> 8).double() + 0.5) / 2.0**24
+    return -torch.log(-torch.log(uniform))
+
+
+def _rotate(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """Rotate the first R dimensions of ``x`` [T, heads, D] by ``turn`` fp32 [T, 1, R]."""
+    cos, sin = turn.chunk(2, dim=-1)
+    half = cos.shape[-1]
+    first, second = x[..., :half].float(), x[..., half : 2 * half].float()
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return torch.cat((turned, x[..., 2 * half :]), dim=-1)
+
+
+def _portions(
+    members: list[int], contexts: list[int], queries: int, heads: int, spec: KVSpec
+) -> list[list[int]]:
+    """Cut sequences (shortest context first) into lists whose temporaries stay small."""
+    parts: list[list[int]] = [[]]
+    for i in members:
+        per_sequence = contexts[i] * max(queries * heads, 2 * spec.num_kv_heads * spec.head_size)
+        if parts[-1] and per_sequence * (len(parts[-1]) + 1) > _ATTENTION_ELEMENTS:
+            parts.append([])
+        parts[-1].append(i)
+    return parts
+
+
+def _attend(
+    q: torch.Tensor,
+    kv: ReferenceKVCache,
+    layer: int,
+    batch: AttentionBatch,
+    index: torch.Tensor,
+    tokens: torch.Tensor,
+    context: int,
+    scale: float,
+    window: int,
+    soft_cap: float,
+) -> torch.Tensor:
+    """Attention of the sequences ``index`` [N], Q queries each: ``q`` [N, Q, Hq, D] -> the same shape."""
+    count, queries, heads, size = q.shape
+    kv_heads = kv.spec.num_kv_heads
+    num_blocks = -(-context // kv.block_size)
+    # Past a sequence's end the table holds anything, so those entries are pointed at a real block.
+    held = torch.arange(num_blocks, device=q.device) * kv.block_size < batch.context_lens[index, None]
+    blocks = torch.where(held, batch.block_tables[index, :num_blocks], 0).long()
+    # [N, Hkv, C, D]
+    k, v = (
+        pages[layer][blocks].flatten(1, 2)[:, :context].float().transpose(1, 2)
+        for pages in (kv.keys, kv.values)
+    )
+    grouped = q.float().unflatten(2, (kv_heads, heads // kv_heads)).permute(0, 2, 3, 1, 4)
+    out = torch.empty_like(grouped)
+    step = max(1, _ATTENTION_ELEMENTS // (count * heads * context))
+    for start in range(0, queries, step):
+        part = grouped[:, :, :, start : start + step]
+        # [N, Hkv, G, q, C]
+        scores = (part.flatten(2, 3) @ k.transpose(2, 3)).unflatten(2, (-1, part.shape[3])) * scale
+        if soft_cap > 0.0:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        here = batch.positions[tokens[:, start : start + step]][:, None, None, :, None]
+        there = torch.arange(context, device=q.device)
+        seen = there <= here
+        if window > 0:
+            seen = seen & (there > here - window)
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        out[:, :, :, start : start + step] = (weights.flatten(2, 3) @ v).unflatten(2, (-1, part.shape[3]))
+    return out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype)
