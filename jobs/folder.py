@@ -1,0 +1,283 @@
+"""The job folder: the only module that spells a path inside it.
+
+Names and their meaning are a contract (DESIGN.md "Storage: the job folder"). Records are in
+``records``; nothing here decides anything, it reads and writes.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchinfer.connectors.types import ObjectInfo, ObjectStore
+from batchinfer.jobs.clock import Clock, SystemClock
+from batchinfer.jobs.records import (
+    Claim,
+    Control,
+    Failure,
+    JobRecord,
+    PartFooter,
+    WorkerRecord,
+    failures_from_bytes,
+    failures_to_bytes,
+    nonce_of,
+    plan_digest,
+    plan_from_bytes,
+    plan_to_bytes,
+)
+from batchinfer.jobs.retrying import RetryingStore
+from batchinfer.jobs.types import JobError, Shard
+
+_PART = re.compile(r"part-(?:r(?P<round>\d+)-)?(?P<index>\d+)-of-(?P<count>\d+)\.parquet")
+_CLAIM = re.compile(r"_batchinfer/claims/(?P<shard>[^/]+)/(?P<generation>\d+)\.json")
+_PROGRESS = re.compile(
+    r"_batchinfer/progress/(?P<shard>[^/]+)/(?P<worker>.+)-(?P<sequence>\d+)(?P<inflight>\.inflight)?\.arrow"
+)
+_TAIL = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ShardName:
+    """Which shard: its round (0 for the plan), its index, and how many its round has."""
+
+    round: int
+    index: int
+    count: int
+
+    @property
+    def label(self) -> str:
+        """The shard's name in claims, progress and failures: ``00012``, or ``r001-00000``."""
+        return f"r{self.round:03d}-{self.index:05d}" if self.round else f"{self.index:05d}"
+
+    @property
+    def part(self) -> str:
+        """The key of its part, the only object that commits it."""
+        return f"part-{self.label}-of-{self.count:05d}.parquet"
+
+    @classmethod
+    def of_part(cls, key: str) -> ShardName | None:
+        """The shard that the part ``key`` commits; None for any other key."""
+        match = _PART.fullmatch(key)
+        if match is None:
+            return None
+        return cls(int(match["round"] or 0), int(match["index"]), int(match["count"]))
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressKey:
+    """A progress object: whose, its number among that worker's, and whether it holds rows in flight."""
+
+    key: str
+    worker: str
+    sequence: int
+    inflight: bool
+
+
+def new_nonce() -> str:
+    """A fresh name for one write."""
+    return secrets.token_hex(8)
+
+
+class JobFolder:
+    """One job's folder on a store. Reads raise FileNotFoundError for what is not there.
+
+    Transient errors are tried again on ``clock``; ``jitter`` spreads the pauses.
+    """
+
+    def __init__(
+        self, store: ObjectStore, clock: Clock | None = None, jitter: random.Random | None = None
+    ) -> None:
+        self.store: ObjectStore = RetryingStore(store, clock or SystemClock(), jitter or random.Random())
+        self.uri = store.root
+
+    def create(
+        self, key: str, data: bytes | Path, nonce: str, read_nonce: Callable[[str], str | None]
+    ) -> bool:
+        """Create ``key`` if it is absent: True when the object there is the one that ``nonce`` names.
+
+        "Already exists" after a lost reply is told from a lost race by reading the nonce back.
+        """
+        if self.store.create_exclusive(key, data):
+            return True
+        try:
+            return read_nonce(key) == nonce
+        except FileNotFoundError:
+            # It existed and was deleted since: whatever it was, it was not ours to win.
+            return False
+
+    # -- the plan and the job ---------------------------------------------------------------------
+
+    def write_plan(self, shards: list[Shard]) -> str:
+        """Store a plan under the digest of its content; returns its name for the job's record."""
+        data = plan_to_bytes(shards)
+        name = f"plan-{plan_digest(data)}.arrow"
+        self.store.put(f"_batchinfer/{name}", data)
+        return name
+
+    def read_plan(self, name: str) -> list[Shard]:
+        """The plan's shards; raises JobError where the object is not what its name says."""
+        data = self.store.get(f"_batchinfer/{name}")
+        if name != f"plan-{plan_digest(data)}.arrow":
+            raise JobError(f"{self.uri}/_batchinfer/{name} is damaged: its digest is {plan_digest(data)}")
+        return plan_from_bytes(data)
+
+    def create_job(self, record: JobRecord) -> bool:
+        """Commit a submit: True when this record is the job's, False when another one was there."""
+        return self.create("_batchinfer/job.json", record.to_bytes(), record.nonce, self._nonce)
+
+    def read_job(self) -> JobRecord | None:
+        """The job's record, or None where no job was submitted."""
+        try:
+            return JobRecord.from_bytes(self.store.get("_batchinfer/job.json"))
+        except FileNotFoundError:
+            return None
+
+    # -- control ----------------------------------------------------------------------------------
+
+    def read_control(self) -> Control:
+        """What was last asked of the job: the highest numbered record, or the defaults."""
+        return self._highest_control()[1]
+
+    def append_control(self, change: Callable[[Control], Control]) -> Control:
+        """Append the record that ``change`` makes of the current one; returns what was written.
+
+        Another writer's record in between is taken into account: ``change`` is called again on it.
+        """
+        while True:
+            number, current = self._highest_control()
+            wanted = replace(change(current), nonce=new_nonce())
+            key = f"_batchinfer/control/{number + 1:04d}.json"
+            if self.create(key, wanted.to_bytes(), wanted.nonce, self._nonce):
+                return wanted
+
+    def _highest_control(self) -> tuple[int, Control]:
+        infos = self.store.list("_batchinfer/control/")
+        if not infos:
+            return 0, Control()
+        number, key = max((int(Path(info.key).stem), info.key) for info in infos)
+        return number, Control.from_bytes(self.store.get(key))
+
+    # -- claims -----------------------------------------------------------------------------------
+
+    def claim_key(self, shard: ShardName, generation: int) -> str:
+        """The key of one generation of a shard's lease."""
+        return f"_batchinfer/claims/{shard.label}/{generation:04d}.json"
+
+    def list_claims(self, shard: ShardName | None = None) -> dict[str, dict[int, ObjectInfo]]:
+        """Lease generations by shard label, of one shard or of all."""
+        prefix = "_batchinfer/claims/" + (f"{shard.label}/" if shard else "")
+        claims: dict[str, dict[int, ObjectInfo]] = {}
+        for info in self.store.list(prefix):
+            if match := _CLAIM.fullmatch(info.key):
+                claims.setdefault(match["shard"], {})[int(match["generation"])] = info
+        return claims
+
+    def create_claim(self, shard: ShardName, generation: int, claim: Claim) -> bool:
+        """Create a generation: True when it is ours."""
+        return self.create(self.claim_key(shard, generation), claim.to_bytes(), claim.nonce, self._nonce)
+
+    def rewrite_claim(self, shard: ShardName, generation: int, claim: Claim) -> None:
+        """Renew or release our own generation."""
+        self.store.put(self.claim_key(shard, generation), claim.to_bytes())
+
+    def read_claim(self, shard: ShardName, generation: int) -> Claim:
+        """One generation's record."""
+        return Claim.from_bytes(self.store.get(self.claim_key(shard, generation)))
+
+    # -- progress of open shards ------------------------------------------------------------------
+
+    def progress_key(self, shard: ShardName, worker: str, sequence: int, inflight: bool = False) -> str:
+        """The key of a worker's progress object."""
+        suffix = ".inflight.arrow" if inflight else ".arrow"
+        return f"_batchinfer/progress/{shard.label}/{worker}-{sequence:06d}{suffix}"
+
+    def list_progress(self, shard: ShardName) -> list[ProgressKey]:
+        """All progress objects of a shard, of every worker and generation."""
+        found = []
+        for info in self.store.list(f"_batchinfer/progress/{shard.label}/"):
+            if match := _PROGRESS.fullmatch(info.key):
+                inflight = match["inflight"] is not None
+                found.append(ProgressKey(info.key, match["worker"], int(match["sequence"]), inflight))
+        return found
+
+    # -- failures and parts -----------------------------------------------------------------------
+
+    def failures_key(self, shard: ShardName, nonce: str) -> str:
+        """The key of a failures object; it counts only if the shard's part names its nonce."""
+        return f"_batchinfer/failures/{shard.label}/{nonce}.arrow"
+
+    def write_failures(self, shard: ShardName, failures: list[Failure], nonce: str) -> None:
+        """Store the failures of a shard, before the part that names them."""
+        self.store.put(self.failures_key(shard, nonce), failures_to_bytes(failures, nonce))
+
+    def read_failures(self, shard: ShardName, nonce: str) -> list[Failure]:
+        """The failures that a part's footer names."""
+        return failures_from_bytes(self.store.get(self.failures_key(shard, nonce)))
+
+    def create_part(self, shard: ShardName, data: bytes | Path, nonce: str) -> bool:
+        """The commit: True when the shard's part is ours."""
+        return self.create(shard.part, data, nonce, lambda key: self.read_footer(shard).nonce)
+
+    def committed(self) -> dict[ShardName, ObjectInfo]:
+        """The parts there are."""
+        found = {}
+        for info in self.store.list("part-"):
+            if (shard := ShardName.of_part(info.key)) is not None:
+                found[shard] = info
+        return found
+
+    def is_committed(self, shard: ShardName) -> bool:
+        """Whether the shard's part exists."""
+        try:
+            self.store.head(shard.part)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def read_footer(self, shard: ShardName) -> PartFooter:
+        """What the part's footer says; raises JobError for a part that no worker wrote."""
+        size = self.store.head(shard.part).size
+        tail = self.store.get_range(shard.part, max(0, size - _TAIL), size)
+        length = int.from_bytes(tail[-8:-4], "little") + 8
+        if length > len(tail):
+            tail = self.store.get_range(shard.part, max(0, size - length), size)
+        try:
+            # Parquet's metadata is found from the end, so the tail alone reads as a file.
+            metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + tail[-length:])).metadata or {}
+            return PartFooter.from_bytes(metadata[b"batchinfer"])
+        except (pa.ArrowInvalid, KeyError) as error:
+            raise JobError(
+                f"{self.uri}/{shard.part} was not written by this job: choose another output.uri, "
+                "or move that file away"
+            ) from error
+
+    # -- workers and the summary ------------------------------------------------------------------
+
+    def write_worker(self, record: WorkerRecord) -> float:
+        """Rewrite a heartbeat; returns the store's own time of that write, in seconds."""
+        key = f"_batchinfer/workers/{record.worker}.json"
+        self.store.put(key, record.to_bytes())
+        return self.store.head(key).modified
+
+    def read_workers(self) -> Iterator[tuple[WorkerRecord, float]]:
+        """Every worker's last heartbeat with the store's time of it."""
+        for info in self.store.list("_batchinfer/workers/"):
+            yield WorkerRecord.from_bytes(self.store.get(info.key)), info.modified
+
+    def write_summary(self, data: bytes) -> None:
+        """Rewrite the summary: derived, never read by the protocol."""
+        self.store.put("_batchinfer/summary.json", data)
+
+    def read_summary(self) -> bytes:
+        """The last summary."""
+        return self.store.get("_batchinfer/summary.json")
+
+    def _nonce(self, key: str) -> str | None:
+        return nonce_of(self.store.get(key))
