@@ -13,6 +13,14 @@ FinishReason = Literal["stop", "length"]
 Message = Mapping[str, Any]
 
 
+class ModelError(Exception):
+    """A model that can't be loaded as asked, as one sentence that names it and says what to do."""
+
+
+class EngineError(Exception):
+    """A step that failed, as one sentence that names the request or the device."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the tokens of one request are chosen, and when it ends.
