@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .ops import AttentionBatch, KVCache, KVSpec, PackedLinear
+from batchinfer.kernels.ops import AttentionBatch, KVCache, KVSpec, PackedLinear
 
 # fp32 elements of the largest temporary that attention makes: 64 MiB.
 _ATTENTION_ELEMENTS = 1 << 24
@@ -108,7 +108,8 @@ class ReferenceOperators:
         """Returns the rotated queries [T, Hq, D]; keys and values go to the cache."""
         assert isinstance(kv, ReferenceKVCache)
         kv_heads, size = kv.spec.num_kv_heads, kv.spec.head_size
-        q, k, v = qkv.unflatten(-1, (-1, size)).split((num_heads, kv_heads, kv_heads), dim=1)
+        heads = qkv.view(len(qkv), -1, size)
+        q, k, v = heads[:, :num_heads], heads[:, num_heads:-kv_heads], heads[:, -kv_heads:]
         if q_norm is not None:
             q = self.rms_norm(q, q_norm, eps)
         if k_norm is not None:
@@ -248,7 +249,7 @@ def _attend(
     soft_cap: float,
 ) -> torch.Tensor:
     """Attention of the sequences ``index`` [N], Q queries each: ``q`` [N, Q, Hq, D] -> the same shape."""
-    count, queries, heads, size = q.shape
+    count, queries, heads, _ = q.shape
     kv_heads = kv.spec.num_kv_heads
     num_blocks = -(-context // kv.block_size)
     # Past a sequence's end the table holds anything, so those entries are pointed at a real block.
@@ -259,13 +260,12 @@ def _attend(
         pages[layer][blocks].flatten(1, 2)[:, :context].float().transpose(1, 2)
         for pages in (kv.keys, kv.values)
     )
-    grouped = q.float().unflatten(2, (kv_heads, heads // kv_heads)).permute(0, 2, 3, 1, 4)
+    grouped = q.float().view(count, queries, kv_heads, heads // kv_heads, -1).permute(0, 2, 3, 1, 4)
     out = torch.empty_like(grouped)
     step = max(1, _ATTENTION_ELEMENTS // (count * heads * context))
     for start in range(0, queries, step):
-        part = grouped[:, :, :, start : start + step]
         # [N, Hkv, G, q, C]
-        scores = (part.flatten(2, 3) @ k.transpose(2, 3)).unflatten(2, (-1, part.shape[3])) * scale
+        scores = grouped[:, :, :, start : start + step] @ k.transpose(2, 3)[:, :, None] * scale
         if soft_cap > 0.0:
             scores = soft_cap * torch.tanh(scores / soft_cap)
         here = batch.positions[tokens[:, start : start + step]][:, None, None, :, None]
@@ -274,5 +274,5 @@ def _attend(
         if window > 0:
             seen = seen & (there > here - window)
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        out[:, :, :, start : start + step] = (weights.flatten(2, 3) @ v).unflatten(2, (-1, part.shape[3]))
+        out[:, :, :, start : start + step] = weights @ v[:, :, None]
     return out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype)
