@@ -326,6 +326,10 @@ class JobSpec(Part):
         """Which of the four prompt fields is given."""
         return next(name for name in PROMPT_FIELDS if getattr(self, name) is not None)
 
+    def storage_options(self) -> dict[str, dict[str, Any]]:
+        """The settings of stores by URI prefix, as ``connectors.storage`` takes them."""
+        return {prefix: store.model_dump() for prefix, store in self.storage.items()}
+
     def sampling_params(self) -> SamplingParams:
         """The sampling of every row; with ``output.tokens`` the sampled tokens' log-probabilities too."""
         fields = dict(self.sampling)
