@@ -264,8 +264,9 @@ def _attend(
     out = torch.empty_like(grouped)
     step = max(1, _ATTENTION_ELEMENTS // (count * heads * context))
     for start in range(0, queries, step):
-        # [N, Hkv, G, q, C]
-        scores = grouped[:, :, :, start : start + step] @ k.transpose(2, 3)[:, :, None] * scale
+        part = grouped[:, :, :, start : start + step]
+        # [N, Hkv, G, q, C]; the heads of a group and their queries are rows of one product.
+        scores = (part.flatten(2, 3) @ k.transpose(2, 3)).view(*part.shape[:4], context) * scale
         if soft_cap > 0.0:
             scores = soft_cap * torch.tanh(scores / soft_cap)
         here = batch.positions[tokens[:, start : start + step]][:, None, None, :, None]
@@ -274,5 +275,5 @@ def _attend(
         if window > 0:
             seen = seen & (there > here - window)
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        out[:, :, :, start : start + step] = weights @ v[:, :, None]
+        out[:, :, :, start : start + step] = (weights.flatten(2, 3) @ v).view(part.shape)
     return out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype)

@@ -1,0 +1,243 @@
+"""Executes step plans on one device: inputs, forward pass, sampling and log-probabilities."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from batchinfer.engine.batch import DeviceRows, to_device
+from batchinfer.engine.models.decoder import Decoder
+from batchinfer.engine.sampler import Sampler
+from batchinfer.engine.types import EngineError, RowLogprobs, StepCosts, StepPlan, StepResult
+from batchinfer.kernels.ops import KVCache, Operators
+
+# Rows of logits held at once: 256 of a vocabulary of 152k take 156 MB.
+_LOGITS_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """Log-probabilities as tensors: fp32 [k], int64 [k, width], fp32 [k, width]."""
+
+    chosen: torch.Tensor
+    top_ids: torch.Tensor
+    top: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """A step whose work is queued. Host tensors are filled once ``event`` (CUDA) has happened."""
+
+    num_entries: int
+    sampled: npt.NDArray[np.intp]
+    indexes: npt.NDArray[np.int64]
+    tokens: torch.Tensor
+    finite: torch.Tensor
+    logprobs: Mapping[int, _Scores]
+    prompt_logprobs: Mapping[int, _Scores]
+    completed_ns: int
+    event: torch.cuda.Event | None
+
+    def collect(self) -> StepResult:
+        """Wait, check, and turn into numpy."""
+        completed_ns = self.completed_ns
+        if self.event is not None:
+            self.event.synchronize()
+            completed_ns = time.perf_counter_ns()
+        broken = np.flatnonzero(~self.finite.numpy())
+        if len(broken):
+            raise EngineError(
+                f"The model's logits for request {self.indexes[broken[0]]} are not finite; "
+                "its weights are damaged or overflow this dtype (try bf16 or fp32)."
+            )
+        tokens = np.full(self.num_entries, -1, np.int32)
+        tokens[self.sampled] = self.tokens.numpy()
+        return StepResult(
+            tokens,
+            completed_ns,
+            {i: _row_logprobs(scores) for i, scores in self.logprobs.items()},
+            {i: _row_logprobs(scores) for i, scores in self.prompt_logprobs.items()},
+        )
+
+
+class _Handle:
+    """A launched step, running in this thread's past or in the worker's future."""
+
+    def __init__(self, outcome: Future[_Outcome]) -> None:
+        self._outcome = outcome
+
+    def result(self) -> StepResult:
+        """Wait for the step; raises what it raised."""
+        return self._outcome.result().collect()
+
+
+class TorchRunner:
+    """Runs one decoder; see :class:`~batchinfer.engine.types.Runner` for its contract.
+
+    On a CPU with ``steps_in_flight`` above 1 a worker thread runs the steps in launch order, so that
+    the next one is planned meanwhile; otherwise ``launch`` itself computes. On CUDA ``launch`` queues.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        ops: Operators,
+        kv: KVCache,
+        *,
+        max_rows: int,
+        max_context: int,
+        eos_token_ids: Collection[int],
+        costs: StepCosts,
+        steps_in_flight: int = 1,
+    ) -> None:
+        self.block_size = kv.block_size
+        self.num_blocks = kv.num_blocks
+        self.max_rows = max_rows
+        self.max_context = max_context
+        self.costs = costs
+        self._decoder = decoder
+        self._kv = kv
+        self._device = decoder.device
+        self._rows = DeviceRows(max_rows, max_context, kv.block_size, self._device)
+        self._sampler = Sampler(ops, decoder.config.vocab_size, max_rows, eos_token_ids, self._device)
+        self._prompt_lens = np.zeros(max_rows, np.int64)
+        self._indexes = np.zeros(max_rows, np.int64)
+        self._logprobs = np.full(max_rows, -1, np.int64)
+        self._prompt_logprobs = np.full(max_rows, -1, np.int64)
+        threaded = self._device.type == "cpu" and steps_in_flight > 1
+        self._worker = ThreadPoolExecutor(1, "batchinfer-steps") if threaded else None
+
+    def launch(self, plan: StepPlan) -> _Handle:
+        """Queue a step behind those launched before."""
+        if self._worker is not None:
+            return _Handle(self._worker.submit(self._run, plan))
+        outcome: Future[_Outcome] = Future()
+        try:
+            outcome.set_result(self._run(plan))
+        except Exception as error:
+            outcome.set_exception(error)
+        return _Handle(outcome)
+
+    def close(self) -> None:
+        """Finish what was launched and end the worker thread."""
+        if self._worker is not None:
+            self._worker.shutdown()
+
+    @torch.inference_mode()
+    def _run(self, plan: StepPlan) -> _Outcome:
+        for new in plan.new_rows:
+            self._sampler.set_row(new)
+            self._prompt_lens[new.row] = new.num_prompt_tokens
+            self._indexes[new.row] = new.index
+            for wanted, width in (
+                (self._logprobs, new.sampling.logprobs),
+                (self._prompt_logprobs, new.sampling.prompt_logprobs),
+            ):
+                wanted[new.row] = -1 if width is None else min(width, self._decoder.config.vocab_size)
+        self._rows.update(plan)
+        inputs = self._rows.inputs(plan)
+        hidden = self._decoder.forward(inputs.tokens, inputs.attention, self._kv)
+        prompt_logprobs = self._score_prompts(plan, hidden)
+        sampled = np.flatnonzero(plan.samples)
+        tokens, finite, logprobs = self._sample(plan, sampled, hidden[inputs.last])
+        indexes = self._indexes[plan.rows[sampled]]
+        event = None
+        if self._device.type == "cuda":
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        return _Outcome(
+            num_entries=len(plan.rows),
+            sampled=sampled,
+            indexes=indexes,
+            tokens=tokens,
+            finite=finite,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            completed_ns=time.perf_counter_ns(),
+            event=event,
+        )
+
+    def _sample(
+        self, plan: StepPlan, sampled: npt.NDArray[np.intp], last: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[int, _Scores]]:
+        """Choose the tokens of the entries ``sampled`` and write them to the token table.
+
+        ``last`` [S, H] are the hidden states of each entry's last token. Returns host tensors: tokens
+        and whether the logits were finite, both [len(sampled)], and log-probabilities by entry.
+        """
+        table = self._rows.tokens
+        logprobs: dict[int, _Scores] = {}
+        tokens, finite = [], []
+        for start in range(0, len(sampled), _LOGITS_ROWS):
+            entries = sampled[start : start + _LOGITS_ROWS]
+            rows = plan.rows[entries]
+            positions = plan.starts[entries] + plan.num_tokens[entries]
+            logits = self._decoder.logits(last[to_device(entries, self._device)])
+            finite.append(logits.amax(-1).isfinite())
+            wanted = np.flatnonzero(self._logprobs[rows] >= 0)
+            # The sampler overwrites the logits; log-probabilities are of the raw ones.
+            raw = logits[to_device(wanted, self._device)].log_softmax(-1)
+            chosen = self._sampler.sample(logits, rows, positions, table)
+            table[to_device(rows, self._device).long(), to_device(positions, self._device).long()] = (
+                chosen.int()
+            )
+            tokens.append(chosen)
+            for place, scores in zip(wanted, raw, strict=True):
+                width = int(self._logprobs[rows[place]])
+                logprobs[int(entries[place])] = self._scores_to_host(
+                    [_scores(scores[None], chosen[place : place + 1], width)]
+                )
+        if not tokens:
+            return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool), {}
+        return self._to_host(torch.cat(tokens)), self._to_host(torch.cat(finite)), logprobs
+
+    def _score_prompts(self, plan: StepPlan, hidden: torch.Tensor) -> dict[int, _Scores]:
+        """Log-probabilities of the prompt tokens that follow those just computed, by entry."""
+        asking = np.flatnonzero(self._prompt_logprobs[plan.rows] >= 0)
+        ends = plan.num_tokens.cumsum()
+        found: dict[int, _Scores] = {}
+        for entry in asking:
+            row, start = int(plan.rows[entry]), int(plan.starts[entry])
+            count = min(int(plan.num_tokens[entry]), int(self._prompt_lens[row]) - 1 - start)
+            if count <= 0:
+                continue
+            first = int(ends[entry]) - int(plan.num_tokens[entry])
+            parts = []
+            for at in range(0, count, _LOGITS_ROWS):
+                stop = min(at + _LOGITS_ROWS, count)
+                scores = self._decoder.logits(hidden[first + at : first + stop]).log_softmax(-1)
+                chosen = self._rows.tokens[row, start + at + 1 : start + stop + 1].long()
+                parts.append(_scores(scores, chosen, int(self._prompt_logprobs[row])))
+            found[int(entry)] = self._scores_to_host(parts)
+        return found
+
+    def _scores_to_host(self, parts: list[_Scores]) -> _Scores:
+        """Consecutive parts as one, on the host."""
+        return _Scores(
+            self._to_host(torch.cat([part.chosen for part in parts])),
+            self._to_host(torch.cat([part.top_ids for part in parts])),
+            self._to_host(torch.cat([part.top for part in parts])),
+        )
+
+    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy in host memory, on CUDA queued behind the work that makes it."""
+        if tensor.device.type == "cpu":
+            return tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+
+def _scores(logprobs: torch.Tensor, chosen: torch.Tensor, width: int) -> _Scores:
+    """Of the log-probabilities [k, V], those of ``chosen`` [k] and the ``width`` best, on their device."""
+    top = logprobs.topk(width, dim=-1)
+    return _Scores(logprobs.gather(1, chosen[:, None])[:, 0], top.indices, top.values)
+
+
+def _row_logprobs(scores: _Scores) -> RowLogprobs:
+    return RowLogprobs(scores.chosen.numpy(), scores.top_ids.numpy().astype(np.int32), scores.top.numpy())
