@@ -90,10 +90,10 @@ class _Values(Mapping[str, Any]):
 
 def _python_values(array: pa.Array) -> list[Any]:
     """Python values; nanoseconds are cut to microseconds, as Python's clock has no finer ones."""
-    try:
-        return list(array.to_pylist(maps_as_pydicts="lossy"))
-    except ValueError:
-        return list(array.cast(_in_microseconds(array.type), safe=False).to_pylist(maps_as_pydicts="lossy"))
+    kind = _in_microseconds(array.type)
+    if not kind.equals(array.type):
+        array = array.cast(kind, safe=False)
+    return list(array.to_pylist(maps_as_pydicts="lossy"))
 
 
 def _in_microseconds(kind: pa.DataType) -> pa.DataType:
