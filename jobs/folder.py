@@ -88,13 +88,19 @@ def new_nonce() -> str:
 class JobFolder:
     """One job's folder on a store. Reads raise FileNotFoundError for what is not there.
 
-    Transient errors are tried again on ``clock``; ``jitter`` spreads the pauses.
+    Transient errors are tried again, ``attempts`` times on ``clock``; ``jitter`` spreads the pauses.
     """
 
     def __init__(
-        self, store: ObjectStore, clock: Clock | None = None, jitter: random.Random | None = None
+        self,
+        store: ObjectStore,
+        clock: Clock | None = None,
+        jitter: random.Random | None = None,
+        attempts: int = 6,
     ) -> None:
-        self.store: ObjectStore = RetryingStore(store, clock or SystemClock(), jitter or random.Random())
+        self.store: ObjectStore = RetryingStore(
+            store, clock or SystemClock(), jitter or random.Random(), attempts
+        )
         self.uri = store.root
 
     def create(
@@ -260,11 +266,13 @@ class JobFolder:
 
     # -- workers and the summary ------------------------------------------------------------------
 
-    def write_worker(self, record: WorkerRecord) -> float:
-        """Rewrite a heartbeat; returns the store's own time of that write, in seconds."""
-        key = f"_batchinfer/workers/{record.worker}.json"
-        self.store.put(key, record.to_bytes())
-        return self.store.head(key).modified
+    def write_worker(self, record: WorkerRecord) -> None:
+        """Rewrite a heartbeat."""
+        self.store.put(f"_batchinfer/workers/{record.worker}.json", record.to_bytes())
+
+    def worker_time(self, worker: str) -> float:
+        """The store's own time of a worker's last heartbeat, in seconds."""
+        return self.store.head(f"_batchinfer/workers/{worker}.json").modified
 
     def read_workers(self) -> Iterator[tuple[WorkerRecord, float]]:
         """Every worker's last heartbeat with the store's time of it."""

@@ -24,13 +24,15 @@ WorkerState = Literal["starting", "running", "draining", "left", "failed"]
 class JobRecord:
     """What a job is (job.json). Written once by submit; never changes.
 
-    ``spec`` is the job spec as JSON values, ``schema`` the Arrow schema of the parts, ``fingerprint``
-    names the model's content, ``plan`` the plan object by its name, ``shards`` and ``rows`` count what
-    it holds, ``created`` is the submitter's time (ISO 8601, for people), ``nonce`` names the writer.
+    ``spec`` is the job spec as JSON values, ``schema`` the Arrow schema of the parts, ``input_schema``
+    that of the input, by which every worker reads it. ``fingerprint`` names the model's content,
+    ``plan`` the plan object by its name, ``shards`` and ``rows`` count what it holds, ``created`` is
+    the submitter's time (ISO 8601, for people), ``nonce`` names the writer.
     """
 
     spec: Mapping[str, Any]
     schema: pa.Schema
+    input_schema: pa.Schema
     fingerprint: str
     plan: str
     shards: int
@@ -39,12 +41,13 @@ class JobRecord:
     nonce: str
 
     def to_bytes(self) -> bytes:
-        """The record as JSON; the schema is its Arrow IPC message in base64."""
+        """The record as JSON; a schema is its Arrow IPC message in base64."""
         return _json(
             {
                 "protocol": PROTOCOL,
                 "spec": dict(self.spec),
-                "schema": base64.b64encode(self.schema.serialize().to_pybytes()).decode("ascii"),
+                "schema": _schema_to_text(self.schema),
+                "input_schema": _schema_to_text(self.input_schema),
                 "fingerprint": self.fingerprint,
                 "plan": self.plan,
                 "shards": self.shards,
@@ -64,8 +67,8 @@ class JobRecord:
                 f"job.json is of protocol {protocol}, but this batchinfer speaks protocol {PROTOCOL}: "
                 "run it with the version that submitted the job"
             )
-        schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(values.pop("schema"))))
-        return cls(schema=schema, **values)
+        schemas = {name: _schema_from_text(values.pop(name)) for name in ("schema", "input_schema")}
+        return cls(**schemas, **values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +143,7 @@ class WorkerRecord:
     worker: str
     state: WorkerState
     beat: int
-    usd_per_hour: float
+    usd_per_hour: float | None
     bill: Bill
     started: str
     host: str = ""
@@ -181,6 +184,14 @@ _PLAN_SCHEMA = pa.schema(
         ("first_line", pa.int64()),
     ]
 )
+
+
+def _schema_to_text(schema: pa.Schema) -> str:
+    return base64.b64encode(schema.serialize().to_pybytes()).decode("ascii")
+
+
+def _schema_from_text(text: str) -> pa.Schema:
+    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text)))
 
 
 def plan_to_bytes(shards: Sequence[Shard]) -> bytes:
@@ -251,6 +262,11 @@ class Failure:
     input: str | None = None
 
 
+def input_as_json(values: Mapping[str, Any]) -> str:
+    """A row's values as JSON for people; what JSON has no form for is written as text."""
+    return json.dumps(dict(values), ensure_ascii=False, default=str)
+
+
 def failures_to_bytes(failures: Sequence[Failure], nonce: str) -> bytes:
     """Failures as an Arrow IPC file that carries its writer's nonce."""
     table = pa.Table.from_pylist([asdict(failure) for failure in failures], schema=FAILURES_SCHEMA)
@@ -268,7 +284,7 @@ class PartFooter:
 
     ``failures`` is the nonce of the failures object that counts, or None; ``rows`` counts the part's
     rows, ``failed_rows`` those of the failures object; ``nanoseconds`` is what each worker charged to
-    the part's rows, ``usd`` what it cost by worker. Tokens are summed over the rows.
+    the part's rows. Tokens, nanoseconds and USD (0 where no price is known) are summed over the rows.
     """
 
     nonce: str
@@ -277,12 +293,13 @@ class PartFooter:
     failed_rows: int = 0
     failures: str | None = None
     nanoseconds: Mapping[str, int] = field(default_factory=dict)
-    usd: Mapping[str, float] = field(default_factory=dict)
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
     prefill_ns: int = 0
     decode_ns: int = 0
+    prefill_usd: float = 0.0
+    decode_usd: float = 0.0
 
     def to_bytes(self) -> bytes:
         """The value of the footer's key, as JSON."""

@@ -13,23 +13,24 @@ from batchinfer.jobs.clock import Clock
 
 Result = TypeVar("Result")
 
-ATTEMPTS = 8
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 10.0
 
 
 class RetryingStore:
-    """An ObjectStore that tries each call up to ``ATTEMPTS`` times (about 25 seconds of pauses).
+    """An ObjectStore that tries each call up to ``attempts`` times: 6 pause for 3 seconds in all, 12 for
+    a minute.
 
     ``create_exclusive`` is tried again as well; its False then no longer tells a lost race from a
     lost reply, so its caller compares nonces (:meth:`JobFolder.create`).
     """
 
-    def __init__(self, store: ObjectStore, clock: Clock, jitter: random.Random) -> None:
+    def __init__(self, store: ObjectStore, clock: Clock, jitter: random.Random, attempts: int) -> None:
         self.root = store.root
         self._store = store
         self._clock = clock
         self._jitter = jitter
+        self._attempts = attempts
 
     def create_exclusive(self, key: str, data: bytes | Path) -> bool:
         """See ObjectStore; False is also the answer where an earlier try of ours created it."""
@@ -61,7 +62,7 @@ class RetryingStore:
 
     def _retry(self, call: Callable[[], Result]) -> Result:
         pause = FIRST_PAUSE
-        for _ in range(ATTEMPTS - 1):
+        for _ in range(self._attempts - 1):
             try:
                 return call()
             except TransientStorageError:

@@ -110,6 +110,7 @@ def record(nonce: str) -> JobRecord:
     return JobRecord(
         spec={"name": "größe", "input": {"uri": "s3://b/*"}},
         schema=pa.schema([pa.field("when", pa.timestamp("ns", "UTC"), nullable=False)], {"k": "v"}),
+        input_schema=pa.schema([pa.field("when", pa.string())]),
         fingerprint="f",
         plan="plan-0.arrow",
         shards=1,

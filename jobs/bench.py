@@ -1,0 +1,304 @@
+"""What a worker has on its hands, shared by its threads under one condition."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from batchinfer.engine.types import Completion, Rejection, Request
+from batchinfer.jobs.clock import Clock, Condition
+from batchinfer.jobs.cost import Ledger
+from batchinfer.jobs.folder import ShardName
+from batchinfer.jobs.link import Inflight, Spent
+from batchinfer.jobs.open_shard import OpenShard
+from batchinfer.jobs.records import Failure, input_as_json
+from batchinfer.jobs.samples import NOTHING, Finished, Partial, SampleKey, charges_after
+
+StopReason = Literal["done", "drain", "cancel", "error"]
+
+News = tuple[OpenShard, list[Finished], list[Failure], dict[SampleKey, Partial]]
+
+SnapshotState = Literal["none", "wanted", "asked"]
+
+OPEN_SHARDS = 2
+SNAPSHOT_NS = 60_000_000_000
+
+
+class Bench:
+    """Open shards, requests that wait for the engine, and rows in it.
+
+    Every method takes the condition ``changed`` and never waits for storage while holding it.
+
+    Invariant (``check``): a row of an open shard is settled, in the engine, in the queue, or not read yet;
+    a row is in the engine at most once, also when its shard was lost and claimed again.
+    """
+
+    def __init__(
+        self, clock: Clock, ledger: Ledger, worker: str, usd_per_hour: float | None, read_ahead: int
+    ) -> None:
+        self.changed: Condition = clock.condition()
+        self.ledger = ledger
+        self.open: dict[ShardName, OpenShard] = {}
+        self.queue: deque[Request] = deque()
+        self.in_engine: dict[int, tuple[Request, OpenShard]] = {}
+        self.stop: StopReason | None = None
+        self.error: BaseException | None = None
+        self.rows_done = self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
+        self.starved_for_work = False
+        self.engine_ready = False
+        self.snapshot: SnapshotState = "none"
+        self._read_ahead = read_ahead
+        self._clock = clock
+        self._worker = worker
+        self._usd_per_hour = usd_per_hour
+        self._engine_kept = 0
+
+    # -- stopping ---------------------------------------------------------------------------------
+
+    def request_stop(self, reason: StopReason, error: BaseException | None = None) -> None:
+        """Ask every thread to come to an end; the first reason counts."""
+        with self.changed:
+            if self.stop is None:
+                self.stop, self.error = reason, error
+            self.changed.notify_all()
+
+    # -- the feeder's side ------------------------------------------------------------------------
+
+    def wait_for_room(self) -> bool:
+        """Wait until another shard may be opened: False when the worker stops."""
+        with self.changed:
+            while self.stop is None:
+                if len(self.open) < OPEN_SHARDS and len(self.queue) < self._read_ahead:
+                    return True
+                self.changed.wait()
+            return False
+
+    def held(self) -> set[ShardName]:
+        """Shards that must not be claimed: open ones, and lost ones with rows still in the engine."""
+        with self.changed:
+            return {*self.open, *(shard.name for _, shard in self.in_engine.values())}
+
+    def add(self, shard: OpenShard) -> None:
+        """A shard was claimed."""
+        with self.changed:
+            self.open[shard.name] = shard
+            self.changed.notify_all()
+
+    def enqueue(
+        self,
+        shard: OpenShard,
+        requests: list[Request],
+        inputs: Mapping[int, Mapping[str, Any]],
+        failures: list[Failure],
+    ) -> bool:
+        """Take rows that were read, waiting for room: False when the shard is lost or the worker stops.
+
+        ``inputs`` are the values of the rows that ``requests`` ask for.
+        """
+        with self.changed:
+            for failure in failures:
+                shard.fail(failure)
+            while self.stop is None and shard.lease is not None and len(self.queue) >= self._read_ahead:
+                self.changed.wait()
+            if self.stop is not None or shard.lease is None:
+                return False
+            self.queue.extend(requests)
+            shard.inputs.update(inputs)
+            self.changed.notify_all()
+            return True
+
+    def finish_reading(self, shard: OpenShard) -> None:
+        """All rows of the shard were read."""
+        with self.changed:
+            shard.read_all = True
+            self.changed.notify_all()
+
+    def wait_for_work(self, seconds: float) -> None:
+        """Nothing can be claimed: wait until that may have changed."""
+        with self.changed:
+            self.starved_for_work = True
+            shards = len(self.open)
+            if self.stop is None:
+                self.changed.notify_all()
+                deadline = self._clock.now_ns() + int(seconds * 1e9)
+                while self.stop is None and len(self.open) == shards:
+                    left = deadline - self._clock.now_ns()
+                    if left <= 0:
+                        break
+                    self.changed.wait(left / 1e9)
+            self.starved_for_work = False
+            self.changed.notify_all()
+
+    # -- the publisher's side ---------------------------------------------------------------------
+
+    def take_snapshot(self) -> None:
+        """Have the engine say what is in flight; gives up when it does not answer, or there is none."""
+        with self.changed:
+            if not self.in_engine:
+                return
+            self.snapshot = "wanted"
+            self.changed.notify_all()
+            deadline = self._clock.now_ns() + SNAPSHOT_NS
+            while self._snapshot_pending():
+                left = deadline - self._clock.now_ns()
+                if left <= 0:
+                    return
+                self.changed.wait(left / 1e9)
+
+    def _snapshot_pending(self) -> bool:
+        return self.snapshot != "none" and self.engine_ready and self.stop is None
+
+    def take_news(self) -> list[News]:
+        """What is to be published of each open shard that has anything new."""
+        with self.changed:
+            found = [(shard, *shard.take_news(self._worker)) for shard in self.open.values()]
+            return [news for news in found if any(news[1:])]
+
+    # -- the engine's side (the condition is held by the caller) ----------------------------------
+
+    def take_requests(self, room: int) -> list[Request]:
+        """Up to ``room`` requests of shards that are still ours, marked as being in the engine."""
+        taken: list[Request] = []
+        while self.queue and len(taken) < room:
+            request = self.queue.popleft()
+            shard = self._shard_of(request.index)
+            if shard is not None:
+                self.in_engine[request.index] = (request, shard)
+                for sample in request.resume:
+                    key = SampleKey(request.index, sample)
+                    shard.sent[key] = shard.partials[key]
+                taken.append(request)
+        if taken:
+            self.changed.notify_all()
+        return taken
+
+    def accept(self, items: Iterable[Completion | Rejection], spent: Spent) -> None:
+        """Results from the engine."""
+        self.report(spent)
+        for item in items:
+            entry = self.in_engine.get(item.index)
+            if entry is None:
+                continue
+            request, shard = entry
+            if isinstance(item, Rejection):
+                del self.in_engine[item.index]
+                values = input_as_json(shard.inputs.pop(item.index))
+                shard.fail(Failure(item.index, item.code, item.message, 1, values))
+                continue
+            own = shard.finish(item, self._worker, self._usd_per_hour)
+            self._engine_kept += own
+            if shard.lease is None:
+                self.ledger.lose(own)
+            self.completion_tokens += len(item.token_ids)
+            if all(
+                SampleKey(item.index, sample) in shard.samples for sample in self._wanted(request, shard)
+            ):
+                del self.in_engine[item.index]
+                shard.inputs.pop(item.index)
+                self.rows_done += 1
+                self.prompt_tokens += item.prompt_tokens
+                self.cached_tokens += item.cached_tokens
+        self.changed.notify_all()
+
+    def accept_inflight(self, message: Inflight) -> None:
+        """What is decoded so far of the rows in the engine."""
+        self.report(message.spent)
+        self.snapshot = "none"
+        for key, decoded in message.samples:
+            entry = self.in_engine.get(key.row)
+            if entry is not None and decoded.token_ids:
+                shard = entry[1]
+                base = shard.sent.get(key, NOTHING)
+                charges = charges_after(
+                    base, self._worker, self._usd_per_hour, decoded.prefill_ns, decoded.token_ns
+                )
+                shard.partials[key] = Partial(decoded, charges)
+                shard.sent.setdefault(key, NOTHING)
+        self.changed.notify_all()
+
+    def report(self, spent: Spent) -> None:
+        """What the engine has charged so far."""
+        self.ledger.report(spent.charged_ns, spent.waste_ns, spent.at_ns)
+
+    def engine_ended(self, restart: bool) -> None:
+        """The engine is gone: its rows go back to the queue, to continue where the last snapshot saw
+        them; what else it computed was wasted."""
+        in_flight = {id(shard): shard for _, shard in self.in_engine.values() if shard.lease is not None}
+        kept = self._engine_kept + sum(shard.own_in_flight() for shard in in_flight.values())
+        self.ledger.engine_ended(self._clock.now_ns(), kept, "startup" if restart else "storage")
+        self._engine_kept = 0
+        self.engine_ready = False
+        self.snapshot = "none"
+        back = []
+        for row, (request, shard) in self.in_engine.items():
+            if shard.lease is None:
+                continue
+            missing = shard.missing(row)
+            keys = [(sample, SampleKey(row, sample)) for sample in missing]
+            resume = {sample: shard.partials[key].decoded for sample, key in keys if key in shard.partials}
+            back.append(
+                Request(
+                    row,
+                    request.prompt,
+                    request.sampling,
+                    resume,
+                    None if len(missing) == shard.n else missing,
+                )
+            )
+        for shard in self.open.values():
+            shard.sent.clear()
+        self.in_engine.clear()
+        self.queue.extendleft(reversed(back))
+        self.changed.notify_all()
+
+    def update_account(self) -> None:
+        """Tell the ledger what the worker does now; to be called after anything changed."""
+        if self.in_engine:
+            self.ledger.enter("busy", self._clock.now_ns())
+        elif not self.engine_ready:
+            return
+        elif self.starved_for_work and not self.open:
+            self.ledger.enter("idle", self._clock.now_ns())
+        else:
+            self.ledger.enter("storage", self._clock.now_ns())
+
+    # -- shards end -------------------------------------------------------------------------------
+
+    def lose(self, shard: OpenShard) -> None:
+        """The shard is somebody else's: what only we know of it is of no use."""
+        with self.changed:
+            if shard.lease is not None:
+                shard.lease = None
+                self.ledger.lose(shard.own_unpublished(self._worker))
+                del self.open[shard.name]
+                self.queue = deque(request for request in self.queue if not shard.has_row(request.index))
+                self.changed.notify_all()
+
+    def close(self, shard: OpenShard) -> None:
+        """The shard is committed by us."""
+        with self.changed:
+            if shard.lease is not None:
+                shard.lease = None
+                del self.open[shard.name]
+                self.changed.notify_all()
+
+    def check(self) -> None:
+        """Raise AssertionError where the invariant is broken."""
+        with self.changed:
+            queued = [request.index for request in self.queue]
+            assert len(set(queued)) == len(queued)
+            assert not set(queued) & self.in_engine.keys()
+            for shard in self.open.values():
+                shard.check()
+            self.ledger.check(self._clock.now_ns())
+
+    def _shard_of(self, row: int) -> OpenShard | None:
+        for shard in self.open.values():
+            if shard.has_row(row):
+                return shard
+        return None
+
+    @staticmethod
+    def _wanted(request: Request, shard: OpenShard) -> Iterable[int]:
+        return range(shard.n) if request.samples is None else request.samples

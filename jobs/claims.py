@@ -1,0 +1,149 @@
+"""Leases on shards: claimed by creating a generation, renewed by rewriting it, lost by going stale.
+
+A lease only saves work: whoever creates a shard's part has committed it, with or without a lease.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+
+from batchinfer.jobs.folder import JobFolder, ShardName, new_nonce
+from batchinfer.jobs.records import Claim
+
+LEASE_SECONDS = 60.0
+RENEWALS_PER_LEASE = 4
+_LOST_IN_A_ROW = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A shard's lease that we hold: its generation, and the claim as last written."""
+
+    shard: ShardName
+    generation: int
+    claim: Claim
+
+
+@dataclass(slots=True)
+class Survey:
+    """What a look at the folder showed: how many shards are committed, and which may be claimed, each
+    with the generation to create."""
+
+    committed: int
+    open: deque[tuple[ShardName, int]]
+
+
+class Claims:
+    """Claims shards for one worker.
+
+    ``now`` writes the worker's heartbeat and returns the store's time of it: the only clock by which a
+    lease is judged. It is read before the leases are listed, so a lease renewed in between looks young.
+    ``hint`` is where to start among the shards (a batch service's index), so that workers that start
+    together do not race for the same ones.
+    """
+
+    def __init__(
+        self,
+        folder: JobFolder,
+        shards: Sequence[ShardName],
+        worker: str,
+        now: Callable[[], float],
+        lease_seconds: float = LEASE_SECONDS,
+        hint: int | None = None,
+    ) -> None:
+        self._folder = folder
+        self._worker = worker
+        self._now = now
+        self._lease_seconds = lease_seconds
+        start = _start(len(shards), worker, hint)
+        self._shards = [*shards[start:], *shards[:start]]
+        self._survey: Survey | None = None
+        self._lost_in_a_row = 0
+
+    def claim(self, held: Collection[ShardName]) -> Lease | None:
+        """A lease on some shard that is not committed, not in ``held``, and free, released or stale.
+
+        None when there is none: every shard is committed, or leased by a worker that may be alive.
+        """
+        if self._survey is not None:
+            lease = self._claim_from(self._survey, held)
+            if lease is not None:
+                return lease
+        self._survey = self.survey(held)
+        return self._claim_from(self._survey, held)
+
+    def all_committed(self) -> bool:
+        """Whether the last look at the folder found every shard committed."""
+        return self._survey is not None and self._survey.committed == len(self._shards)
+
+    def survey(self, held: Collection[ShardName]) -> Survey:
+        """Look at the folder: free and released shards first, stale ones after them."""
+        now = self._now()
+        claims = self._folder.list_claims()
+        committed = self._folder.committed()
+        free: deque[tuple[ShardName, int]] = deque()
+        stale: deque[tuple[ShardName, int]] = deque()
+        done = 0
+        for shard in self._shards:
+            if shard in committed:
+                done += 1
+            elif shard not in held:
+                generations = claims.get(shard.label)
+                if not generations:
+                    free.append((shard, 1))
+                    continue
+                last = max(generations)
+                if now - generations[last].modified > self._lease_seconds:
+                    stale.append((shard, last + 1))
+                elif self._folder.read_claim(shard, last).released:
+                    free.append((shard, last + 1))
+        return Survey(done, free + stale)
+
+    def renew(self, lease: Lease) -> bool:
+        """Rewrite our generation; False when there is a newer one, so the shard is somebody else's."""
+        self._folder.rewrite_claim(lease.shard, lease.generation, lease.claim)
+        return not self.superseded(lease)
+
+    def superseded(self, lease: Lease) -> bool:
+        """Whether a newer generation of the lease exists."""
+        try:
+            self._folder.read_claim(lease.shard, lease.generation + 1)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def release(self, lease: Lease) -> None:
+        """Give the shard up before its lease goes stale; nobody may renew it any more."""
+        self._folder.rewrite_claim(lease.shard, lease.generation, replace(lease.claim, released=True))
+
+    def _claim_from(self, survey: Survey, held: Collection[ShardName]) -> Lease | None:
+        while survey.open and self._lost_in_a_row < _LOST_IN_A_ROW:
+            shard, generation = survey.open.popleft()
+            if shard in held:
+                continue
+            claim = Claim(worker=self._worker, nonce=new_nonce())
+            if not self._folder.create_claim(shard, generation, claim):
+                self._lost_in_a_row += 1
+                continue
+            self._lost_in_a_row = 0
+            # Its last owner may have committed it between our look and our claim.
+            if not self._folder.is_committed(shard):
+                return Lease(shard, generation, claim)
+        # Others claim what we are about to: look again before trying further.
+        self._lost_in_a_row = 0
+        survey.open.clear()
+        return None
+
+
+def _start(shards: int, worker: str, hint: int | None) -> int:
+    """Where to start: hints are spread by the golden ratio, whatever their number will be."""
+    if shards == 0:
+        return 0
+    if hint is None:
+        share = int.from_bytes(hashlib.sha256(worker.encode()).digest()[:4], "big") / 2**32
+    else:
+        share = hint * 0.6180339887498949 % 1.0
+    return int(share * shards)

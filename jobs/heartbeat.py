@@ -1,0 +1,124 @@
+"""Signs of life: the worker's record and its leases, renewed on a thread of their own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from batchinfer.jobs.bench import Bench
+from batchinfer.jobs.claims import RENEWALS_PER_LEASE, Claims
+from batchinfer.jobs.clock import Clock
+from batchinfer.jobs.folder import JobFolder
+from batchinfer.jobs.records import WorkerRecord, WorkerState
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """How a worker is: what its record says beside its numbers."""
+
+    state: WorkerState
+    exit_code: int | None = None
+    message: str = ""
+
+
+class Heartbeat:
+    """Writes the worker's record, whose bill is exact at the moment of writing.
+
+    One write at a time, whoever asks: the renewal thread, a claimant that needs the store's time, and
+    whoever is about to publish rows, so that a durable bill always covers the rows in storage.
+    """
+
+    def __init__(self, folder: JobFolder, bench: Bench, clock: Clock, first: WorkerRecord) -> None:
+        self.life = Life("starting")
+        self._folder = folder
+        self._bench = bench
+        self._clock = clock
+        self._record = first
+        self._writing = False
+
+    def beat(self) -> None:
+        """Write the record as of now."""
+        with self._bench.changed:
+            while self._writing:
+                self._bench.changed.wait()
+            self._writing = True
+            self._record = replace(
+                self._record,
+                state=self.life.state,
+                exit_code=self.life.exit_code,
+                message=self.life.message,
+                beat=self._record.beat + 1,
+                bill=self._bench.ledger.bill(self._clock.now_ns()),
+                rows_done=self._bench.rows_done,
+                prompt_tokens=self._bench.prompt_tokens,
+                cached_tokens=self._bench.cached_tokens,
+                completion_tokens=self._bench.completion_tokens,
+            )
+        try:
+            self._folder.write_worker(self._record)
+        finally:
+            with self._bench.changed:
+                self._writing = False
+                self._bench.changed.notify_all()
+
+    def now(self) -> float:
+        """The store's own time, in seconds: that of a heartbeat written for it."""
+        self.beat()
+        return self._folder.worker_time(self._record.worker)
+
+
+class Renewer:
+    """Renews every lease four times in its life, notices lost ones, and looks for a cancel."""
+
+    def __init__(
+        self,
+        folder: JobFolder,
+        bench: Bench,
+        clock: Clock,
+        claims: Claims,
+        heartbeat: Heartbeat,
+        lease_seconds: float,
+        stalled: Callable[[], bool],
+    ) -> None:
+        self._folder = folder
+        self._bench = bench
+        self._clock = clock
+        self._claims = claims
+        self._heartbeat = heartbeat
+        self._interval = lease_seconds / RENEWALS_PER_LEASE
+        self._stalled = stalled
+        self._closing = False
+
+    def close(self) -> None:
+        """Renew nothing more; the thread ends once it has finished what it is at."""
+        with self._bench.changed:
+            self._closing = True
+            self._bench.changed.notify_all()
+
+    def run(self) -> None:
+        """Renew until closed. While the engine is stalled nothing is renewed, so others may take over."""
+        while self._wait():
+            if not self._stalled():
+                with self._bench.changed:
+                    shards = list(self._bench.open.values())
+                for shard in shards:
+                    lease = shard.lease
+                    if lease is not None and not self._claims.renew(lease):
+                        logger.warning("shard %s was taken over by another worker", shard.name.label)
+                        self._bench.lose(shard)
+            self._heartbeat.beat()
+            if self._folder.read_control().state == "cancel":
+                self._bench.request_stop("cancel")
+
+    def _wait(self) -> bool:
+        with self._bench.changed:
+            deadline = self._clock.now_ns() + int(self._interval * 1e9)
+            while not self._closing:
+                left = deadline - self._clock.now_ns()
+                if left <= 0:
+                    return True
+                self._bench.changed.wait(left / 1e9)
+            return False

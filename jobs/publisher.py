@@ -1,0 +1,109 @@
+"""Writes what is finished: progress now and then, and a part when a shard is complete."""
+
+from __future__ import annotations
+
+import logging
+
+import pyarrow as pa
+
+from batchinfer.jobs.bench import Bench
+from batchinfer.jobs.clock import Clock
+from batchinfer.jobs.commit import commit
+from batchinfer.jobs.folder import JobFolder
+from batchinfer.jobs.heartbeat import Heartbeat
+from batchinfer.jobs.open_shard import OpenShard
+from batchinfer.jobs.progress import delete_progress
+
+logger = logging.getLogger(__name__)
+
+FLUSH_BYTES = 8 << 20
+
+
+class Publisher:
+    """Publishes on a thread of its own, so that neither the engine nor a lease waits for an upload.
+
+    A complete shard is committed at once. Progress is written every ``flush_seconds``, or when more
+    than ``FLUSH_BYTES`` of finished rows wait; each time the engine is asked what is in flight.
+    """
+
+    def __init__(
+        self,
+        folder: JobFolder,
+        bench: Bench,
+        clock: Clock,
+        heartbeat: Heartbeat,
+        schema: pa.Schema,
+        worker: str,
+        flush_seconds: float,
+    ) -> None:
+        self._folder = folder
+        self._bench = bench
+        self._clock = clock
+        self._heartbeat = heartbeat
+        self._schema = schema
+        self._worker = worker
+        self._flush_ns = int(flush_seconds * 1e9)
+        self._closing = False
+
+    def close(self) -> None:
+        """Commit what is complete, save the rest, and end. The engine must be gone."""
+        with self._bench.changed:
+            self._closing = True
+            self._bench.changed.notify_all()
+
+    def run(self) -> None:
+        """Publish until closed."""
+        flushed = self._clock.now_ns()
+        while True:
+            with self._bench.changed:
+                shard = self._wait(flushed)
+                closing = self._closing
+            if shard is not None:
+                self._commit(shard)
+            elif closing:
+                self._flush()
+                return
+            else:
+                self._bench.take_snapshot()
+                self._flush()
+                flushed = self._clock.now_ns()
+
+    def _wait(self, flushed: int) -> OpenShard | None:
+        """Wait for a complete shard; None when it is time to flush, or to close."""
+        while True:
+            shards = list(self._bench.open.values())
+            for shard in shards:
+                if shard.complete:
+                    return shard
+            if self._closing or sum(shard.unpublished_bytes for shard in shards) > FLUSH_BYTES:
+                return None
+            left = flushed + self._flush_ns - self._clock.now_ns()
+            if shards and left <= 0:
+                return None
+            self._bench.changed.wait(left / 1e9 if shards else None)
+
+    def _commit(self, shard: OpenShard) -> None:
+        passed, samples = shard.answers()
+        won = commit(
+            self._folder,
+            shard.name,
+            self._worker,
+            self._schema,
+            passed,
+            samples,
+            shard.failures,
+            self._heartbeat.beat,
+        )
+        if won:
+            self._bench.close(shard)
+            delete_progress(self._folder, shard.name)
+        else:
+            logger.warning("shard %s was committed by another worker", shard.name.label)
+            self._bench.lose(shard)
+
+    def _flush(self) -> None:
+        news = self._bench.take_news()
+        if news:
+            self._heartbeat.beat()
+        for shard, samples, failures, partials in news:
+            shard.writer.write(samples, failures, partials)

@@ -1,0 +1,290 @@
+"""The supervisor: moves requests to the engine and results back, and comes to an orderly end.
+
+Four threads share the bench: this one talks to the engine and never waits for storage, the feeder
+claims and reads, the publisher writes, the renewer keeps leases and heartbeat alive.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from batchinfer.connectors.types import StorageError, TransientStorageError
+from batchinfer.jobs.bench import Bench, StopReason
+from batchinfer.jobs.claims import LEASE_SECONDS, RENEWALS_PER_LEASE, Claims
+from batchinfer.jobs.clock import Clock, Thread
+from batchinfer.jobs.cost import Ledger, settle, summary
+from batchinfer.jobs.feeder import Feeder, Work
+from batchinfer.jobs.folder import JobFolder
+from batchinfer.jobs.heartbeat import Heartbeat, Life, Renewer
+from batchinfer.jobs.link import (
+    Add,
+    Ended,
+    EngineLink,
+    Failed,
+    FromEngine,
+    Inflight,
+    Ready,
+    Results,
+    Snapshot,
+    StartEngine,
+    Stop,
+)
+from batchinfer.jobs.publisher import Publisher
+from batchinfer.jobs.records import WorkerRecord
+from batchinfer.jobs.types import JobError
+
+logger = logging.getLogger(__name__)
+
+EXIT_DONE, EXIT_INTERNAL, EXIT_RETRY, EXIT_STOPPED, EXIT_JOB = 0, 70, 75, 77, 78
+
+
+class EngineGone(Exception):
+    """The engine ended more often than is worth another try."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """How often and how long, in seconds; ``read_ahead`` counts rows, ``engine_restarts`` starts.
+
+    ``flush`` is the longest time that finished work stays unsaved; ``stall`` how long an engine with
+    work may say nothing; ``drain`` how long an engine may take for its last word.
+    """
+
+    lease: float = LEASE_SECONDS
+    flush: float = 30.0
+    stall: float = 600.0
+    drain: float = 12.0
+    read_ahead: int = 4096
+    engine_restarts: int = 3
+
+
+class Supervisor:
+    """One worker, from its first heartbeat to its last."""
+
+    def __init__(
+        self,
+        folder: JobFolder,
+        clock: Clock,
+        work: Work,
+        record: WorkerRecord,
+        started_ns: int,
+        start_engine: StartEngine,
+        pace: Pace,
+    ) -> None:
+        """``record`` is the worker's first heartbeat: who it is, and at which price; ``started_ns`` when
+        its process started, on ``clock``."""
+        self._folder = folder
+        self._clock = clock
+        self._pace = pace
+        self._shards = len(work.shards)
+        self._start_engine = start_engine
+        worker, price = record.worker, record.usd_per_hour
+        self.bench = Bench(clock, Ledger(started_ns), worker, price, pace.read_ahead)
+        self._heartbeat = Heartbeat(folder, self.bench, clock, record)
+        self._claims = Claims(
+            folder, list(work.shards), worker, self._heartbeat.now, pace.lease, record.index
+        )
+        self._renewer = Renewer(
+            folder, self.bench, clock, self._claims, self._heartbeat, pace.lease, self._stalled
+        )
+        self._publisher = Publisher(
+            folder, self.bench, clock, self._heartbeat, work.schema, worker, pace.flush
+        )
+        patience = pace.lease / RENEWALS_PER_LEASE
+        self._feeder = Feeder(folder, self.bench, self._claims, work, worker, patience)
+        self._feeding: Thread | None = None
+        self._link: EngineLink | None = None
+        self._inbox: list[FromEngine] = []
+        self._heard = started_ns
+        self._capacity = 0
+        self._restarts = 0
+
+    def run(self) -> int:
+        """Work until every shard is committed or something stops the worker; returns the exit code."""
+        renewing = self._spawn("renewer", self._renewer.run)
+        publishing = self._spawn("publisher", self._publisher.run)
+        try:
+            while self._turn():
+                pass
+        except Exception as error:
+            self.bench.request_stop("error", error)
+        self._end_engine()
+        return self._leave(renewing, publishing)
+
+    def drain(self) -> None:
+        """Stop admitting rows, save what there is, and leave (SIGTERM)."""
+        self.bench.request_stop("drain")
+
+    # -- the engine -------------------------------------------------------------------------------
+
+    def _receive(self, message: FromEngine) -> None:
+        """Called by the link, in order, on a thread of its own."""
+        with self.bench.changed:
+            self._inbox.append(message)
+            self.bench.changed.notify_all()
+
+    def _turn(self) -> bool:
+        """Wait for something to do with the engine and do it; False when the worker is to stop."""
+        bench = self.bench
+        if self._link is None:
+            self._link = self._start_engine(self._receive)
+        link = self._link
+        with bench.changed:
+            while not (self._inbox or self._room() or self._to_ask() or bench.stop):
+                bench.update_account()
+                bench.changed.wait()
+            for message in self._take_inbox():
+                self._handle(message)
+            if bench.stop is not None:
+                return False
+            if not bench.in_engine:
+                self._heard = self._clock.now_ns()
+            requests = bench.take_requests(self._room())
+            ask = self._to_ask()
+            if ask:
+                bench.snapshot = "asked"
+            bench.update_account()
+        if requests:
+            link.send(Add(tuple(requests)))
+        if ask:
+            link.send(Snapshot())
+        return True
+
+    def _room(self) -> int:
+        """How many requests the engine should get now: none until a good few fit, so that it can order
+        them among each other."""
+        bench = self.bench
+        if not bench.engine_ready or not bench.queue:
+            return 0
+        room = self._capacity - len(bench.in_engine)
+        return room if 4 * room >= self._capacity else 0
+
+    def _to_ask(self) -> bool:
+        return self.bench.engine_ready and self.bench.snapshot == "wanted"
+
+    def _take_inbox(self) -> list[FromEngine]:
+        messages, self._inbox = self._inbox, []
+        if messages:
+            self._heard = self._clock.now_ns()
+        return messages
+
+    def _handle(self, message: FromEngine) -> None:
+        bench = self.bench
+        if isinstance(message, Ready):
+            self._capacity = message.capacity
+            bench.engine_ready = True
+            self._heartbeat.life = Life("running")
+            if self._feeding is None:
+                self._feeding = self._spawn("feeder", self._feeder.run)
+        elif isinstance(message, Results):
+            bench.accept(message.items, message.spent)
+        elif isinstance(message, Inflight):
+            bench.accept_inflight(message)
+        elif isinstance(message, Failed):
+            if message.permanent:
+                bench.request_stop("error", JobError(message.message))
+            else:
+                logger.error("the engine failed: %s", message.message)
+        elif isinstance(message, Ended):
+            self._restarts += 1
+            bench.engine_ended(restart=True)
+            self._link = None
+            if self._restarts > self._pace.engine_restarts:
+                error = EngineGone(f"the engine ended {self._restarts} times, at last {message.how}")
+                bench.request_stop("error", error)
+            else:
+                logger.error("the engine ended (%s): starting it again", message.how)
+
+    def _stalled(self) -> bool:
+        """Whether the engine has work and has said nothing for too long; then it is ended."""
+        with self.bench.changed:
+            link = self._link
+            silent = self._clock.now_ns() - self._heard
+            stalled = silent > self._pace.stall * 1e9 and bool(self.bench.in_engine) and not self._inbox
+        if stalled and link is not None:
+            logger.error("the engine made no step for %.0f s: ending it", silent / 1e9)
+            link.kill()
+        return stalled
+
+    def _end_engine(self) -> None:
+        """Get the engine's last word about what is in flight, for a limited time, and end it."""
+        bench, link = self.bench, self._link
+        if link is None:
+            return
+        if bench.engine_ready:
+            link.send(Stop())
+            deadline = self._clock.now_ns() + int(self._pace.drain * 1e9)
+            with bench.changed:
+                last_word = False
+                while not last_word and (left := deadline - self._clock.now_ns()) > 0:
+                    for message in self._take_inbox():
+                        if isinstance(message, Results):
+                            bench.accept(message.items, message.spent)
+                        elif isinstance(message, Inflight):
+                            bench.accept_inflight(message)
+                        last_word = last_word or isinstance(message, Ended)
+                    if not last_word:
+                        bench.changed.wait(left / 1e9)
+        link.kill()
+        with bench.changed:
+            bench.engine_ended(restart=False)
+
+    # -- leaving ----------------------------------------------------------------------------------
+
+    def _leave(self, renewing: Thread, publishing: Thread) -> int:
+        """Save finished rows and tokens in flight, release the leases, write the last heartbeat."""
+        bench = self.bench
+        if self._feeding is not None:
+            self._feeding.join()
+        self._publisher.close()
+        publishing.join()
+        self._renewer.close()
+        renewing.join()
+        code, message = outcome(bench.stop, bench.error)
+        self._heartbeat.life = Life(
+            "failed" if code in (EXIT_INTERNAL, EXIT_JOB) else "left", code, message
+        )
+        try:
+            for shard in list(bench.open.values()):
+                if shard.lease is not None:
+                    self._claims.release(shard.lease)
+            self._heartbeat.beat()
+            self._summarise()
+        except StorageError as error:
+            logger.error("the last words could not be written: %s", error)
+            code = code or EXIT_RETRY
+        return code
+
+    def _summarise(self) -> None:
+        parts = self._folder.committed()
+        footers = [self._folder.read_footer(shard) for shard in parts]
+        workers = [record for record, _ in self._folder.read_workers()]
+        self._folder.write_summary(summary(settle(workers, footers), self._shards))
+
+    def _spawn(self, name: str, function: Callable[[], None]) -> Thread:
+        """A thread whose failure stops the worker."""
+
+        def run() -> None:
+            try:
+                function()
+            except Exception as error:
+                self.bench.request_stop("error", error)
+
+        return self._clock.spawn(name, run)
+
+
+def outcome(stop: StopReason | None, error: BaseException | None) -> tuple[int, str]:
+    """The exit code of a worker that stopped for this reason, and one sentence where it failed."""
+    if stop == "done":
+        return EXIT_DONE, ""
+    if stop == "drain":
+        return EXIT_RETRY, ""
+    if stop == "cancel":
+        return EXIT_STOPPED, "the job was cancelled"
+    if isinstance(error, TransientStorageError):
+        return EXIT_RETRY, str(error)
+    if isinstance(error, JobError | StorageError):
+        return EXIT_JOB, str(error)
+    return EXIT_INTERNAL, f"{type(error).__name__}: {error}"
