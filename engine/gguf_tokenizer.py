@@ -167,8 +167,9 @@ def _template(metadata: Mapping[str, Any]) -> Any:
     """Puts the start before a text and the end after it, as the file says."""
     tokens = metadata["tokenizer.ggml.tokens"]
     first, last = metadata.get("tokenizer.ggml.bos_token_id"), metadata.get("tokenizer.ggml.eos_token_id")
-    # SentencePiece models get a start unless their file says otherwise.
-    bos = metadata.get("tokenizer.ggml.add_bos_token", metadata["tokenizer.ggml.model"] == "llama")
+    # SentencePiece models and Llama 3's get a start unless their file says otherwise.
+    usual = metadata["tokenizer.ggml.model"] == "llama" or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+    bos = metadata.get("tokenizer.ggml.add_bos_token", usual)
     eos = metadata.get("tokenizer.ggml.add_eos_token", False)
     before = [(tokens[first], first)] if bos and first is not None else []
     after = [(tokens[last], last)] if eos and last is not None else []
