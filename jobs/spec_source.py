@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from batchinfer.connectors.storage import normalize_uri, open_store
 from batchinfer.jobs.spec import JobSpec, parse_spec
 from batchinfer.jobs.types import JobError
 
@@ -85,7 +86,8 @@ def _replaced(data: Any, path: Sequence[str], value: Any, override: str) -> dict
 def load_spec(source: str | Path | Mapping[str, Any] | JobSpec, overrides: Sequence[str] = ()) -> JobSpec:
     """A spec from a YAML or JSON file (a path or a URI), a mapping, or a spec.
 
-    ``overrides`` are ``a.b=value`` with the value in YAML. Raises JobError in one sentence.
+    ``overrides`` are ``a.b=value`` with the value in YAML. Raises JobError in one sentence, and
+    StorageError where a store refuses to give the file.
     """
     data: Any
     if isinstance(source, JobSpec):
@@ -100,7 +102,36 @@ def load_spec(source: str | Path | Mapping[str, Any] | JobSpec, overrides: Seque
     return parse_spec(data, where)
 
 
+def located(spec: JobSpec) -> JobSpec:
+    """The spec with absolute addresses, so that it means the same to workers that start elsewhere.
+
+    Raises StorageError for an address of an unknown kind.
+    """
+    source = spec.model.source
+    if "://" not in source and Path(source).expanduser().exists():
+        source = normalize_uri(source)
+    return spec.model_copy(
+        update={
+            "model": spec.model.model_copy(update={"source": source}),
+            "input": spec.input.model_copy(
+                update={"uri": tuple(normalize_uri(uri) for uri in spec.input.uri)}
+            ),
+            "output": spec.output.model_copy(update={"uri": normalize_uri(spec.output.uri)}),
+        }
+    )
+
+
 def _read_text(where: str) -> str:
+    if "://" in where:
+        folder, _, name = where.rpartition("/")
+        try:
+            return open_store(folder).get(name).decode("utf-8")
+        except FileNotFoundError:
+            raise JobError(
+                f"{where} is not there: give the address of a job spec in YAML or JSON"
+            ) from None
+        except UnicodeDecodeError:
+            raise JobError(f"{where} is not a text file: give a job spec in YAML or JSON") from None
     try:
         return Path(where).expanduser().read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -1,0 +1,109 @@
+"""What a job's model is, told from its files without loading its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from batchinfer.engine.types import Message, ModelError
+from batchinfer.jobs.models import local_model
+from batchinfer.jobs.spec import JobSpec
+from batchinfer.jobs.types import JobError, RowError
+
+
+@dataclass(frozen=True, slots=True)
+class InspectedModel:
+    """A model that can be loaded as the spec asks.
+
+    ``path`` is what the engine takes, ``parameters`` those that every token passes, ``max_context`` the
+    longest prompt and completion together in tokens.
+    """
+
+    path: str
+    fingerprint: str
+    parameters: int
+    max_context: int
+    _tokenizer: object
+
+    def count_tokens(self, prompts: Sequence[str | Sequence[Message]]) -> list[int | RowError]:
+        """How many tokens each prompt has, or why it has none: messages that the template refuses."""
+        from batchinfer.engine.tokenizer import Tokenizer
+
+        tokenizer = self._tokenizer
+        assert isinstance(tokenizer, Tokenizer)
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        encoded = iter(tokenizer.encode_batch(texts) if texts else ())
+        counts: list[int | RowError] = []
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                counts.append(len(next(encoded)))
+                continue
+            try:
+                counts.append(len(tokenizer.apply_chat_template(prompt)))
+            except ValueError as error:
+                counts.append(RowError("chat_template", str(error)))
+        return counts
+
+
+def inspect_model(spec: JobSpec) -> InspectedModel:
+    """Find the model, fetching it where it is in object storage, and check that an engine can load it.
+
+    Raises ModelError for no model, no weights, formats that run code, and architectures that are not
+    supported; JobError where the spec asks of it what it can't do; StorageError where a store refuses.
+    """
+    source = local_model(spec.model.source, spec.storage_options())
+    from batchinfer.engine.models.registry import decoder_config
+    from batchinfer.engine.tokenizer import load_tokenizer
+    from batchinfer.engine.weights import find_model, fingerprint
+
+    try:
+        files = find_model(source)
+        config = decoder_config(source, files.config)
+        checkpoint = files.checkpoint("auto")
+        tokenizer = load_tokenizer(files, config.vocab_size)
+    except ModelError as error:
+        # A fetched copy lies in a cache; people know the model by the name in the spec.
+        raise ModelError(str(error).replace(source, spec.model.source)) from error
+    if not checkpoint.names:
+        raise ModelError(f"The model {spec.model.source} holds no weights.")
+    wanted = spec.model.max_context
+    if wanted is not None and wanted > config.max_context:
+        raise JobError(
+            f"model.max_context is {wanted}, but the model {spec.model.source} takes at most "
+            f"{config.max_context} tokens: lower it"
+        )
+    _check_formats(spec, config.num_kv_heads, config.head_size)
+    return InspectedModel(
+        path=source,
+        fingerprint=fingerprint(files),
+        parameters=config.layer_parameters + config.vocab_size * config.hidden_size,
+        max_context=wanted or config.max_context,
+        _tokenizer=tokenizer,
+    )
+
+
+def _check_formats(spec: JobSpec, num_kv_heads: int, head_size: int) -> None:
+    """Try the spec's quantization and KV dtype on this machine, whose workers the local backend starts."""
+    import torch
+
+    from batchinfer.kernels.ops import KernelsUnavailable, KVSpec, operators_for
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[spec.model.dtype]
+    stored = {"auto": dtype, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+    device = torch.device("cuda" if spec.workers.gpus and torch.cuda.is_available() else "cpu")
+    try:
+        operators = operators_for(device, "auto")
+    except (ValueError, KernelsUnavailable) as error:
+        raise JobError(str(error)) from error
+    try:
+        operators.pack_linear(torch.zeros(64, 64, dtype=dtype, device=device), None, spec.model.quantize)
+    except ValueError as error:
+        raise JobError(
+            f"model.quantize is {spec.model.quantize!r}, but here it can't be: {error}"
+        ) from error
+    try:
+        operators.allocate_kv(KVSpec(1, num_kv_heads, head_size, stored[spec.model.kv_dtype]), 1, device)
+    except ValueError as error:
+        raise JobError(
+            f"model.kv_dtype is {spec.model.kv_dtype!r}, but here it can't be: {error}"
+        ) from error

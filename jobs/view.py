@@ -1,0 +1,154 @@
+"""What people read about a job: lines of plain text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from batchinfer.jobs.cost import Settlement
+from batchinfer.jobs.status import JobStatus
+
+if TYPE_CHECKING:
+    from batchinfer.jobs.plan import Plan
+
+_BAR = 24
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """What a job will be and take."""
+    found, workers = plan.estimate, plan.spec.workers.count
+    size = sum(file.size for file in plan.files)
+    lines = [
+        _line("input", f"{plan.rows:,} rows in {len(plan.files):,} files, {size:,} bytes"),
+        _line(
+            "shards",
+            f"{len(plan.shards):,} of at most {max(shard.rows for shard in plan.shards):,} rows, for "
+            f"{workers} workers",
+        ),
+        _line(
+            "tokens",
+            f"about {found.prompt_tokens:,} in, at most {found.completion_tokens:,} out, by a sample of "
+            f"{found.sampled_rows:,} rows",
+        ),
+    ]
+    if found.largest:
+        longest = ", ".join(f"row {row} {tokens:,}" for row, tokens in found.largest)
+        lines.append(_line("longest", f"{longest} tokens (of the sample)"))
+    if found.failures:
+        codes = ", ".join(f"{code} {count:,}" for code, count in found.failures.items())
+        lines.append(_line("will fail", f"{codes} (of the sample); such as: {found.first_failure}"))
+    lines.append(_line("time", f"at most about {duration(found.seconds)}, at {found.basis}"))
+    price = "unknown, as no price was given (price.usd_per_hour)"
+    if found.usd is not None:
+        hourly = money(plan.spec.price.usd_per_hour or 0.0)
+        price = f"at most about {money(found.usd)}, at {hourly} an hour and worker"
+    lines.append(_line("price", price))
+    return lines
+
+
+def status_lines(status: JobStatus) -> list[str]:
+    """Where a job stands, in a few lines."""
+    done = status.rows_answered + status.rows_failed
+    share = done / status.rows if status.rows else 1.0
+    filled = int(_BAR * share)
+    lines = [
+        _line(status.name or "job", status.uri),
+        _line(
+            status.state,
+            f"{'█' * filled}{'░' * (_BAR - filled)} {share:6.1%}  {done:,} of {status.rows:,} rows, "
+            f"{status.shards_done:,} of {status.shards:,} shards",
+        ),
+    ]
+    if status.failures:
+        codes = ", ".join(f"{code} {count:,}" for code, count in status.failures.items())
+        lines.append(_line("failed", f"{status.rows_failed:,} rows: {codes}"))
+    lines.append(
+        _line(
+            "tokens",
+            f"{status.prompt_tokens:,} in ({status.cached_tokens:,} of them cached), "
+            f"{status.completion_tokens:,} out, {status.tokens_per_second:,.1f} out a second",
+        )
+    )
+    if status.usd is not None and status.workers:
+        expected = status.usd / share if share else None
+        more = f", about {money(expected)} at the end" if expected and not status.over else ""
+        lines.append(_line("spent", f"{money(status.usd)}{more}"))
+    workers = f"{status.workers_alive} alive"
+    if status.eta_seconds is not None:
+        workers += f", done in about {duration(status.eta_seconds)}"
+    lines.append(_line("workers", workers))
+    if status.message:
+        lines.append(_line("", status.message))
+    return lines
+
+
+def status_line(status: JobStatus) -> str:
+    """Where a job stands, in one line: for logs."""
+    done = status.rows_answered + status.rows_failed
+    parts = [
+        f"{status.state}: {done:,} of {status.rows:,} rows",
+        f"{status.shards_done:,} of {status.shards:,} shards",
+    ]
+    if status.rows_failed:
+        parts.append(f"{status.rows_failed:,} failed")
+    parts.append(f"{status.workers_alive} workers")
+    if status.tokens_per_second:
+        parts.append(f"{status.tokens_per_second:,.1f} tokens/s")
+    if status.usd is not None and status.workers:
+        parts.append(money(status.usd))
+    if status.eta_seconds is not None:
+        parts.append(f"done in about {duration(status.eta_seconds)}")
+    return ", ".join(parts)
+
+
+def bill_lines(settlement: Settlement) -> list[str]:
+    """What a job cost and where the time went."""
+    whole = settlement.bill
+    lines = []
+    if settlement.usd is None:
+        lines.append(_line("cost", "unknown, as no price was given (price.usd_per_hour)"))
+    else:
+        lines.append(_line("cost", f"{money(settlement.usd)} for {settlement.rows:,} answers"))
+        for name, cost, tokens in (
+            ("in", settlement.prefill_usd, settlement.prompt_tokens),
+            ("out", settlement.decode_usd, settlement.completion_tokens),
+        ):
+            if cost is not None and tokens:
+                cached = f", {settlement.cached_tokens:,} of them cached" if name == "in" else ""
+                lines.append(
+                    _line(
+                        f"tokens {name}",
+                        f"{tokens:,}{cached}: {money(cost)}, {money(cost * 1e6 / tokens)} a million",
+                    )
+                )
+    for name, nanoseconds in (
+        ("rows", whole.rows),
+        ("start-up", whole.startup),
+        ("idle", whole.idle),
+        ("storage", whole.storage),
+        ("waste", whole.waste),
+    ):
+        share = nanoseconds / whole.total if whole.total else 0.0
+        lines.append(_line(name, f"{duration(nanoseconds / 1e9)} ({share:.1%})"))
+    lines.append(_line("in all", f"{duration(whole.total / 1e9)} of {len(settlement.accounts)} workers"))
+    return lines
+
+
+def money(usd: float) -> str:
+    """An amount in USD with as many digits as it needs: $12.30, $0.000123."""
+    if usd == 0 or abs(usd) >= 1:
+        return f"${usd:,.2f}"
+    return f"${usd:.3g}" if abs(usd) >= 1e-4 else f"${usd:.2e}"
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 12.3 s, 4 min 5 s, 2 h 10 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes < 48 * 60 else f"{seconds / 86400:.1f} days"
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:<12} {text}"
