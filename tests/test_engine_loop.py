@@ -292,8 +292,9 @@ def test_the_context_limit_ends_a_sequence(fakes):
     assert len(items[0].token_ids) == 12 and items[0].finish_reason == "length"
 
 
-def test_samples_compute_their_prompt_once(fakes):
-    loop, runner = make_loop(fakes, max_batch_tokens=4)
+@pytest.mark.parametrize("max_batch_tokens", [4, 64])
+def test_samples_compute_their_prompt_once(fakes, max_batch_tokens):
+    loop, runner = make_loop(fakes, max_batch_tokens=max_batch_tokens)
     prompt = tuple(range(1, 15))  # three full blocks and a half
     sampling = SamplingParams(max_tokens=3, n=4, temperature=1.0, ignore_eos=True)
     items = finish(loop, [Request(0, prompt, sampling)])
@@ -303,8 +304,9 @@ def test_samples_compute_their_prompt_once(fakes):
     assert loop.stats.waste_ns == 0 and loop.stats.recomputed_tokens == 0
 
 
-def test_requests_that_share_instructions_wait_for_whoever_computes_them(fakes):
-    loop, runner = make_loop(fakes, max_batch_tokens=8)
+@pytest.mark.parametrize("max_batch_tokens", [8, 200])
+def test_requests_that_share_instructions_wait_for_whoever_computes_them(fakes, max_batch_tokens):
+    loop, runner = make_loop(fakes, max_batch_tokens=max_batch_tokens)
     requests = [
         Request(i, (*range(1, 17), i, i), SamplingParams(max_tokens=4, ignore_eos=True)) for i in range(6)
     ]
@@ -365,13 +367,30 @@ def test_preempted_sequences_come_back_and_their_repeated_work_is_waste(
     assert runner.computed_tokens == useful + stats.recomputed_tokens
 
 
-def test_the_oldest_is_never_preempted(fakes):
-    loop, _ = make_thirsty_loop(fakes)
-    items = finish(loop, thirsty())
-    assert items[0].index == 0
+def test_the_oldest_is_never_preempted_though_it_has_computed_least(fakes, monkeypatch):
+    loop, runner = make_thirsty_loop(fakes)
+    scheduler = loop._scheduler
+    preempt, victims = scheduler._preempt, []
+
+    def spy(sequence):
+        running = [s for s in scheduler._sequences if s is not None]
+        assert sequence.ticket > min(s.ticket for s in running)
+        candidates = [s for s in running if s.ticket > min(r.ticket for r in running)]
+        assert scheduler._planned[sequence.row] == min(scheduler._planned[s.row] for s in candidates)
+        victims.append(sequence.index)
+        preempt(sequence)
+
+    monkeypatch.setattr(scheduler, "_preempt", spy)
+    sampling = thirsty(1)[0].sampling
+    requests = [Request(i, (i,) * (1 if i == 0 else 12), sampling) for i in range(4)]
+    loop.add(requests[:1])  # alone, so that it is the oldest
+    items = finish(loop, requests[1:])
+    assert_right(fakes, runner, requests, items)
+    assert victims and 0 not in victims
 
 
-def test_a_sequence_preempted_while_its_token_is_in_flight_keeps_the_token(fakes):
+@pytest.mark.parametrize("settle", [False, True])
+def test_a_sequence_preempted_while_its_token_is_in_flight_keeps_the_token(fakes, settle):
     loop, runner = make_thirsty_loop(fakes, steps_in_flight=3)
     scheduler = loop._scheduler
     requests = thirsty(2)
@@ -383,8 +402,10 @@ def test_a_sequence_preempted_while_its_token_is_in_flight_keeps_the_token(fakes
     assert in_flight == 2
     scheduler._preempt(victim)
     scheduler.check()
-    items = loop.settle()
-    assert len(victim.tokens) == known + in_flight
+    items = []
+    if settle:
+        items += loop.settle()
+        assert len(victim.tokens) == known + in_flight
     items += finish(loop)
     assert_right(fakes, runner, requests, items)
     assert_conserved(loop, items)
