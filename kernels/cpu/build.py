@@ -1,0 +1,136 @@
+"""The C++ kernels as a shared library: built by the system's compiler at first use, then cached."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, get_args
+
+from batchinfer.kernels.ops import KernelsUnavailable
+
+Level = Literal["avx2", "avx512", "avx512_vnni", "avx512_bf16"]
+"""Instruction sets that the kernels are written for, each including those before it."""
+
+# What /proc/cpuinfo calls the features of a level, beyond those of the level before it.
+_FEATURES: dict[Level, tuple[str, ...]] = {
+    "avx2": ("avx2", "fma", "f16c"),
+    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
+    "avx512_vnni": ("avx512_vnni",),
+    "avx512_bf16": ("avx512_bf16",),
+}
+# No contraction: a * b + c must round in the same way wherever the compiler places it.
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden")
+
+
+def levels(cpuinfo: str | None = None) -> tuple[Level, ...]:
+    """The levels that this CPU can run, lowest first; ``cpuinfo`` stands for /proc/cpuinfo in tests."""
+    if cpuinfo is None:
+        try:
+            cpuinfo = Path("/proc/cpuinfo").read_text()
+        except OSError:
+            return ()
+    line = next((line for line in cpuinfo.splitlines() if line.startswith("flags")), "")
+    flags = set(line.split())
+    able: list[Level] = []
+    for level, features in _FEATURES.items():
+        if not flags.issuperset(features):
+            break
+        able.append(level)
+    return tuple(able)
+
+
+def cache_folder() -> Path:
+    """Where built libraries are kept: BATCHINFER_CACHE, else the user's cache folder."""
+    if folder := os.environ.get("BATCHINFER_CACHE"):
+        return Path(folder)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "batchinfer"
+
+
+def compiler() -> list[str]:
+    """The compiler's command: CXX, else the first of g++, clang++ and c++ on the path."""
+    if command := shlex.split(os.environ.get("CXX", "")):
+        if shutil.which(command[0]):
+            return command
+        raise KernelsUnavailable(f"CXX names {command[0]}, which is not on the path.")
+    for name in ("g++", "clang++", "c++"):
+        if shutil.which(name):
+            return [name]
+    raise KernelsUnavailable("there is no C++ compiler; install g++ or set CXX.")
+
+
+def build(level: Level | None = None) -> ctypes.CDLL:
+    """The kernels' library for ``level`` (None: the best this CPU runs), built where the cache lacks it.
+
+    Several processes may build at once: each publishes its own result by a rename. Raises
+    KernelsUnavailable when the CPU is too old, there is no compiler, or the build fails.
+    """
+    able = levels()
+    if not able:
+        raise KernelsUnavailable(f"this CPU ({platform.machine()}) has no AVX2 with FMA.")
+    level = level or able[-1]
+    if level not in able:
+        raise KernelsUnavailable(f"this CPU runs {', '.join(able)}, but not {level}.")
+    sources = sorted(Path(__file__).parent.glob("*.cpp"))
+    headers = sorted(Path(__file__).parent.glob("*.h"))
+    command = [*compiler(), *_FLAGS, *_target_flags(level)]
+    key = hashlib.sha256()
+    for part in (" ".join(command), _version(command[0]), *(p.read_text() for p in sources + headers)):
+        key.update(part.encode())
+        key.update(b"\0")
+    library = cache_folder() / f"kernels-{level}-{key.hexdigest()[:24]}.so"
+    if not library.exists():
+        _compile(command, sources, library)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise KernelsUnavailable(f"the built kernels can't be loaded: {error}.") from error
+
+
+def _target_flags(level: Level) -> list[str]:
+    steps = get_args(Level)[: get_args(Level).index(level) + 1]
+    names = [name for step in steps for name in _FEATURES[step]]
+    return [f"-m{name.replace('_', '')}" for name in names]
+
+
+def _version(name: str) -> str:
+    return subprocess.run([name, "--version"], capture_output=True, text=True, check=False).stdout
+
+
+def _compile(command: list[str], sources: list[Path], library: Path) -> None:
+    """Compile the sources side by side and publish the linked library at ``library``."""
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        work = tempfile.TemporaryDirectory(dir=library.parent, prefix="build-")
+    except OSError as error:
+        raise KernelsUnavailable(
+            f"the cache {library.parent} can't be written ({error.strerror}); set BATCHINFER_CACHE."
+        ) from error
+    with work as name:
+        folder = Path(name)
+        objects = [folder / f"{source.stem}.o" for source in sources]
+        steps = [
+            [*command, "-c", str(source), "-o", str(target)]
+            for source, target in zip(sources, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            for _ in pool.map(_run, steps):
+                pass
+        # The OpenMP runtime is the one that torch loaded, so its symbols stay open.
+        _run([*command, "-shared", *map(str, objects), "-o", str(folder / "kernels.so")])
+        (folder / "kernels.so").replace(library)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        raise KernelsUnavailable(f"{command[0]} failed: {lines[0] if lines else done.returncode}.")
