@@ -10,7 +10,7 @@ from batchinfer.engine.types import Completion, Rejection, Request
 from batchinfer.jobs.clock import Clock, Condition
 from batchinfer.jobs.cost import Ledger
 from batchinfer.jobs.folder import ShardName
-from batchinfer.jobs.link import Inflight, Spent
+from batchinfer.jobs.link import Dropped, Inflight, Spent
 from batchinfer.jobs.open_shard import OpenShard
 from batchinfer.jobs.records import Failure, input_as_json
 from batchinfer.jobs.samples import NOTHING, Finished, Partial, SampleKey, charges_after
@@ -42,6 +42,7 @@ class Bench:
         self.open: dict[ShardName, OpenShard] = {}
         self.queue: deque[Request] = deque()
         self.in_engine: dict[int, tuple[Request, OpenShard]] = {}
+        self.to_drop: list[int] = []
         self.stop: StopReason | None = None
         self.error: BaseException | None = None
         self.rows_done = self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
@@ -201,6 +202,13 @@ class Bench:
                 self.cached_tokens += item.cached_tokens
         self.changed.notify_all()
 
+    def accept_dropped(self, message: Dropped) -> None:
+        """The engine has forgotten rows of lost shards, which from now on may be claimed again."""
+        self.report(message.spent)
+        for row in message.rows:
+            self.in_engine.pop(row, None)
+        self.changed.notify_all()
+
     def accept_inflight(self, message: Inflight) -> None:
         """What is decoded so far of the rows in the engine."""
         self.report(message.spent)
@@ -230,6 +238,7 @@ class Bench:
         self._engine_kept = 0
         self.engine_ready = False
         self.snapshot = "none"
+        self.to_drop.clear()
         back = []
         for row, (request, shard) in self.in_engine.items():
             if shard.lease is None:
@@ -273,6 +282,7 @@ class Bench:
                 self.ledger.lose(shard.own_unpublished(self._worker))
                 del self.open[shard.name]
                 self.queue = deque(request for request in self.queue if not shard.has_row(request.index))
+                self.to_drop += [row for row in self.in_engine if shard.has_row(row)]
                 self.changed.notify_all()
 
     def close(self, shard: OpenShard) -> None:

@@ -34,6 +34,13 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class Drop:
+    """To the engine: these rows are somebody else's now."""
+
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """To the engine: make no further step, say what is in flight, and end."""
 
@@ -51,6 +58,14 @@ class Results:
     """From the engine: what finished; sent without items too, as a sign that steps are made."""
 
     items: tuple[Completion | Rejection, ...]
+    spent: Spent
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """From the engine: it has forgotten these rows; what they cost is in its waste."""
+
+    rows: tuple[int, ...]
     spent: Spent
 
 
@@ -78,8 +93,8 @@ class Ended:
     how: str
 
 
-ToEngine = Add | Snapshot | Stop
-FromEngine = Ready | Results | Inflight | Failed | Ended
+ToEngine = Add | Drop | Snapshot | Stop
+FromEngine = Ready | Results | Dropped | Inflight | Failed | Ended
 
 
 class EngineLink(Protocol):

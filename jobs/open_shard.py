@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -74,7 +74,7 @@ class OpenShard:
             return tuple(range(self.n))
         return tuple(sample for sample in range(self.n) if SampleKey(row, sample) not in self.samples)
 
-    def add_rows(self, indexes: list[int], passed: pa.RecordBatch, unreadable: int) -> None:
+    def add_rows(self, indexes: Sequence[int], passed: pa.RecordBatch, unreadable: int) -> None:
         """Keep the pass-through columns of rows that were read, and count those that have none."""
         self._batches.append(passed)
         self._indexes.append(pa.array(indexes, pa.int64()))

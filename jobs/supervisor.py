@@ -20,6 +20,8 @@ from batchinfer.jobs.folder import JobFolder
 from batchinfer.jobs.heartbeat import Heartbeat, Life, Renewer
 from batchinfer.jobs.link import (
     Add,
+    Drop,
+    Dropped,
     Ended,
     EngineLink,
     Failed,
@@ -132,7 +134,7 @@ class Supervisor:
             self._link = self._start_engine(self._receive)
         link = self._link
         with bench.changed:
-            while not (self._inbox or self._room() or self._to_ask() or bench.stop):
+            while not (self._inbox or self._room() or self._to_ask() or bench.to_drop or bench.stop):
                 bench.update_account()
                 bench.changed.wait()
             for message in self._take_inbox():
@@ -142,10 +144,13 @@ class Supervisor:
             if not bench.in_engine:
                 self._heard = self._clock.now_ns()
             requests = bench.take_requests(self._room())
+            drop, bench.to_drop = tuple(bench.to_drop), []
             ask = self._to_ask()
             if ask:
                 bench.snapshot = "asked"
             bench.update_account()
+        if drop:
+            link.send(Drop(drop))
         if requests:
             link.send(Add(tuple(requests)))
         if ask:
@@ -180,6 +185,8 @@ class Supervisor:
                 self._feeding = self._spawn("feeder", self._feeder.run)
         elif isinstance(message, Results):
             bench.accept(message.items, message.spent)
+        elif isinstance(message, Dropped):
+            bench.accept_dropped(message)
         elif isinstance(message, Inflight):
             bench.accept_inflight(message)
         elif isinstance(message, Failed):

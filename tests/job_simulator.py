@@ -26,11 +26,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchinfer.connectors.batches import RowBatch
 from batchinfer.connectors.types import (
     BadRow,
     InputFile,
     ObjectInfo,
-    Row,
     Split,
     TransientStorageError,
 )
@@ -41,6 +41,8 @@ from batchinfer.jobs.feeder import Work
 from batchinfer.jobs.folder import JobFolder, ShardName
 from batchinfer.jobs.link import (
     Add,
+    Drop,
+    Dropped,
     Ended,
     FromEngine,
     Inflight,
@@ -54,7 +56,7 @@ from batchinfer.jobs.link import (
 from batchinfer.jobs.records import Bill, Control, PartFooter, WorkerRecord
 from batchinfer.jobs.samples import SampleKey
 from batchinfer.jobs.supervisor import EXIT_DONE, EXIT_RETRY, EXIT_STOPPED, Pace, Supervisor
-from batchinfer.jobs.types import Shard
+from batchinfer.jobs.types import RowError, Shard
 
 SECOND = 1_000_000_000
 EPOCH = 1_800_000_000
@@ -521,7 +523,7 @@ def unreadable(row: int) -> bool:
     return _hash(row, 78) % 17 == 0
 
 
-def misfit(row: int) -> bool:
+def unrendered(row: int) -> bool:
     return _hash(row, 79) % 19 == 0
 
 
@@ -537,6 +539,7 @@ class SimSample:
     token_ns: list[int]
     prefill_ns: int
     fresh: bool = True
+    own_ns: int = 0
 
 
 class SimEngine:
@@ -592,6 +595,14 @@ class SimEngine:
                         rejections.append(Rejection(request.index, "too_long", "it is too long"))
                     else:
                         self._admit(request)
+            elif isinstance(message, Drop):
+                for sample in self._running + self._waiting:
+                    if sample.request.index in message.rows:
+                        self._charged -= sample.own_ns
+                        self._waste += sample.own_ns
+                self._running = [s for s in self._running if s.request.index not in message.rows]
+                self._waiting = [s for s in self._waiting if s.request.index not in message.rows]
+                self._deliver(Dropped(message.rows, self._spent()))
             else:
                 samples = []
                 for sample in self._running + self._waiting:
@@ -636,6 +647,7 @@ class SimEngine:
             elif sample.fresh:
                 sample.prefill_ns += share // 2
                 self._charged += share // 2
+                sample.own_ns += share // 2
                 share -= share // 2
             sample.fresh = False
             goal = words(sample.request.index, sample.sample)
@@ -645,6 +657,7 @@ class SimEngine:
                 self._plan.decoded_tokens += 1
             sample.token_ns[-1] += share
             self._charged += share
+            sample.own_ns += share
             if len(sample.tokens) == len(goal):
                 done.append(sample)
         self._running = [sample for sample in self._running if sample not in done]
@@ -799,19 +812,31 @@ class Simulation:
             raise supervisor.bench.error
         return code
 
-    def _read(self, store: SimStore, split: Split) -> Iterator[Row | BadRow]:
+    def _read(self, store: SimStore, split: Split) -> Iterator[RowBatch]:
         # Reading has no retries of its own here, so only kills and freezes strike.
         with contextlib.suppress(TransientStorageError):
             store.read_input(f"input-{split.first_row}")
-        for index in range(split.first_row, split.first_row + split.rows):
-            if unreadable(index):
-                yield BadRow(index, "bad_line", "it is bad", f"raw {index}")
-            else:
-                yield Row(index, {"id": f"id-{index}", "value": "x" if misfit(index) else index * 3})
+        rows = range(split.first_row, split.first_row + split.rows)
+        for start in range(0, split.rows, 4):
+            some = rows[start : start + 4]
+            good = [index for index in some if not unreadable(index)]
+            bad = tuple(
+                BadRow(index, "bad_line", "it is bad", f"raw {index}")
+                for index in some
+                if unreadable(index)
+            )
+            columns = {
+                "id": [f"id-{index}" for index in good],
+                "value": [index * 3 for index in good],
+                "prompt": [f"prompt of {index}" for index in good],
+            }
+            yield RowBatch(good, pa.RecordBatch.from_pydict(columns), bad)
 
     @staticmethod
     def _render(values: Any) -> str:
-        return f"prompt of {values['id']}"
+        if unrendered(int(values["prompt"].rpartition(" ")[2])):
+            raise RowError("render_error", "it can't be rendered")
+        return str(values["prompt"])
 
     # -- what must hold
 
@@ -866,8 +891,8 @@ class Simulation:
         for index in range(self.shards * self.rows):
             if unreadable(index):
                 expected_code = "bad_line"
-            elif misfit(index):
-                expected_code = "type_mismatch"
+            elif unrendered(index):
+                expected_code = "render_error"
             else:
                 expected_code = "too_long" if rejected(index) else "answered"
             if seen.get(index) != expected_code:

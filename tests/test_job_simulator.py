@@ -1,0 +1,264 @@
+"""The job protocol under kills, freezes, lost replies and errors at every storage call."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from batchinfer.jobs import commit as commit_module
+from batchinfer.jobs import feeder as feeder_module
+from batchinfer.jobs.claims import Claims
+from batchinfer.jobs.folder import JobFolder
+from batchinfer.jobs.heartbeat import Heartbeat, Renewer
+from batchinfer.jobs.open_shard import OpenShard
+from batchinfer.jobs.progress import Progress
+from batchinfer.jobs.publisher import Publisher
+
+SEEDS = 500
+
+
+def load_simulator() -> ModuleType:
+    path = Path(__file__).with_name("job_simulator.py")
+    spec = importlib.util.spec_from_file_location("job_simulator", path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules.setdefault("job_simulator", importlib.util.module_from_spec(spec))
+    if not hasattr(module, "main"):
+        spec.loader.exec_module(module)
+    return module
+
+
+simulator = load_simulator()
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def run(seed: int) -> Any:
+    try:
+        return simulator.from_seed(seed).run()
+    except Exception as error:
+        raise AssertionError(
+            f"seed {seed}: {error}; see it again with: python tests/job_simulator.py {seed} --trace"
+        ) from error
+
+
+def total_tokens(simulation: Any) -> int:
+    rows = [
+        row
+        for row in range(simulation.shards * simulation.rows)
+        if not (simulator.unreadable(row) or simulator.unrendered(row) or simulator.rejected(row))
+    ]
+    return sum(len(simulator.words(row, sample)) for row in rows for sample in range(simulation.n))
+
+
+@pytest.mark.slow
+def test_every_row_is_there_once_whatever_happens_at_any_storage_call() -> None:
+    places: set[tuple[str, str]] = set()
+    for seed in range(SEEDS):
+        simulation = run(seed)
+        places |= {(fault, re.sub(r"-\d+", "", call)) for fault, call in simulation.plan.seen}
+    calls = {call for _, call in places}
+    assert {"create claims", "put claims", "create progress", "create inflight", "put failures"} <= calls
+    assert {"create part", "put workers", "list progress", "read input"} <= calls
+    for fault in ("kill_before", "kill_after", "freeze", "lost_reply", "error"):
+        missing = calls - {call for kind, call in places if kind == fault}
+        assert len(missing) <= (0 if "kill" in fault else 2), f"{fault} never struck at {missing}"
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_kill_at_each_single_storage_call(n: int, after: bool) -> None:
+    def simulation(kill_at: tuple[int, bool] | None) -> Any:
+        faults = simulator.Faults(kill_at=kill_at)
+        return simulator.Simulation(11, faults, workers=2, shards=2, rows=7, n=n, drains=1)
+
+    calls = simulation(None).run().world.operations
+    assert calls > 60
+    for call in range(1, calls + 1):
+        try:
+            simulation((call, after)).run()
+        except Exception as error:
+            raise AssertionError(f"killed {'after' if after else 'before'} call {call}: {error}") from error
+
+
+def test_a_seed_decides_everything() -> None:
+    def trace(seed: int) -> list[str]:
+        lines = run(seed).world.trace
+        return [re.sub(r"[0-9a-f]{16}", "NONCE", line) for line in lines]
+
+    for seed in (3, 7, 19):
+        assert trace(seed) == trace(seed)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_undisturbed_nothing_is_wasted_and_no_lease_changes_hands(seed: int) -> None:
+    # Slow uploads, lost replies and errors are no reason to lose a lease or to compute anything twice.
+    for faults in (
+        simulator.Faults(),
+        simulator.Faults(slow=0.2),
+        simulator.Faults(lost_reply=0.1, error=0.05),
+    ):
+        simulation = replace(simulator.from_seed(seed), faults=faults, drains=0, cancels=0).run()
+        keys = [key for key in simulation.world.objects if "/claims/" in key]
+        assert not [key for key in keys if not key.endswith("/0001.json")]
+        assert simulation.settlement.bill.waste == 0
+        assert all(record.bill.waste == 0 for record in simulation.records.values())
+        assert simulation.decoded_tokens == total_tokens(simulation)
+        assert not [key for key in simulation.world.objects if "/progress/" in key]
+        for process in simulation.processes:
+            # Only the summary is written after the last heartbeat.
+            life = process.ended_ns - process.started_ns
+            assert simulation.records[process.name].bill.total <= life
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_after_a_drain_no_token_is_decoded_again(seed: int) -> None:
+    simulation = replace(simulator.from_seed(seed), faults=simulator.Faults(), drains=4, cancels=1).run()
+    assert simulation.decoded_tokens == total_tokens(simulation)
+
+
+def test_drains_are_resumed_from_tokens_in_flight() -> None:
+    resumed = 0
+    for seed in range(25):
+        simulation = replace(simulator.from_seed(seed), faults=simulator.Faults(), drains=4).run()
+        resumed += simulation.resumed_tokens
+    assert resumed > 20
+
+
+# -- the simulator must see what it is there to see ------------------------------------------------
+
+
+def overwriting_create(patch: pytest.MonkeyPatch) -> None:
+    def create(self: Any, key: str, data: Any) -> bool:
+        self.put(key, data)
+        return True
+
+    patch.setattr(simulator.SimStore, "create_exclusive", create)
+
+
+def no_read_back(patch: pytest.MonkeyPatch) -> None:
+    def create(self: JobFolder, key: str, data: Any, nonce: str, read_nonce: Any) -> bool:
+        return self.store.create_exclusive(key, data)
+
+    patch.setattr(JobFolder, "create", create)
+
+
+def never_stale(patch: pytest.MonkeyPatch) -> None:
+    before = Claims.__init__
+
+    def init(self: Claims, *arguments: Any, **named: Any) -> None:
+        before(self, *arguments, **named)
+        self._lease_seconds = 1e9
+
+    patch.setattr(Claims, "__init__", init)
+
+
+def always_stale(patch: pytest.MonkeyPatch) -> None:
+    before = Claims.__init__
+
+    def init(self: Claims, *arguments: Any, **named: Any) -> None:
+        before(self, *arguments, **named)
+        self._lease_seconds = 3.0
+
+    patch.setattr(Claims, "__init__", init)
+
+
+def no_renewal(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Renewer, "run", lambda self: None)
+
+
+def no_progress_union(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(feeder_module, "read_progress", lambda folder, shard: Progress())
+
+
+def part_before_failures(patch: pytest.MonkeyPatch) -> None:
+    later: list[Callable[[], None]] = []
+    write, create = JobFolder.write_failures, JobFolder.create_part
+    patch.setattr(
+        JobFolder, "write_failures", lambda self, *given: later.append(lambda: write(self, *given))
+    )
+
+    def create_part(self: JobFolder, *given: Any) -> bool:
+        won = create(self, *given)
+        for call in later:
+            call()
+        later.clear()
+        return won
+
+    patch.setattr(JobFolder, "create_part", create_part)
+
+
+def no_heartbeat_before_publishing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Publisher, "_flush", lambda self: _flush_without_beat(self))
+    original = commit_module.commit
+
+    def commit(*given: Any) -> bool:
+        return original(*given[:-1], lambda: None)
+
+    patch.setattr("batchinfer.jobs.publisher.commit", commit)
+
+
+def _flush_without_beat(publisher: Publisher) -> None:
+    for shard, samples, failures, partials in publisher._bench.take_news():
+        shard.writer.write(samples, failures, partials)
+
+
+def half_answered_rows(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(OpenShard, "complete", property(lambda self: self.read_all and bool(self.samples)))
+
+
+def progress_deleted_early(patch: pytest.MonkeyPatch) -> None:
+    before = Publisher._commit
+
+    def commit(self: Publisher, shard: Any) -> None:
+        from batchinfer.jobs.progress import delete_progress
+
+        delete_progress(self._folder, shard.name)
+        before(self, shard)
+
+    patch.setattr(Publisher, "_commit", commit)
+
+
+def beats_that_forget(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Heartbeat, "now", lambda self: float(simulator.EPOCH))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        overwriting_create,
+        no_read_back,
+        never_stale,
+        always_stale,
+        no_renewal,
+        no_progress_union,
+        part_before_failures,
+        no_heartbeat_before_publishing,
+        half_answered_rows,
+        progress_deleted_early,
+        beats_that_forget,
+    ],
+)
+def test_the_simulator_goes_red_for(
+    fault: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault(monkeypatch)
+    with pytest.raises(AssertionError):
+        for seed in range(20):
+            run(seed)
+            test_undisturbed_nothing_is_wasted_and_no_lease_changes_hands(seed)
+            test_after_a_drain_no_token_is_decoded_again(seed)
+        test_a_kill_at_each_single_storage_call(1, True)
