@@ -108,8 +108,8 @@ def _problem(request: Request, tokens: Seq[int], tokenizer: Tokenizer, limits: L
     size = len(tokens)
     if size == 0:
         return Rejection(request.index, "empty_prompt", "The prompt is empty; give it at least one token.")
-    outside = next((token for token in tokens if not 0 <= token < tokenizer.vocab_size), None)
-    if outside is not None:
+    if min(tokens) < 0 or max(tokens) >= tokenizer.vocab_size:
+        outside = min(tokens) if min(tokens) < 0 else max(tokens)
         message = (
             f"The prompt holds token id {outside}, but the model's ids end at {tokenizer.vocab_size - 1}."
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -13,55 +12,14 @@ from batchinfer.engine.attribution import StepWork
 from batchinfer.engine.blocks import BlockIds, BlockPool
 from batchinfer.engine.forecast import peak_blocks
 from batchinfer.engine.prefix import Node, PrefixTree
+from batchinfer.engine.running import RunningRows
 from batchinfer.engine.sequence import Sequence, State
+from batchinfer.engine.step import LaunchedStep, StepDraft
 from batchinfer.engine.types import NewRow, StepPlan, StepResult
 from batchinfer.engine.waiting import WaitingQueue
 
 # How many generated tokens' worth of "runs to its limit" the expected length starts from.
 PRIOR_TOKENS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class LaunchedStep:
-    """A planned step whose result is not applied yet, by entry of its plan; ``written`` are the blocks
-    that it may write."""
-
-    plan: StepPlan
-    sequences: list[Sequence]
-    written: BlockIds
-    prompt_tokens: npt.NDArray[np.int32]
-    computed_before: npt.NDArray[np.int32]
-
-
-class _Draft:
-    """What a step being planned has so far beside its decodes."""
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.chunk_rows: list[int] = []
-        self.chunk_sizes: list[int] = []
-        self.new_rows: list[NewRow] = []
-        self.block_rows: list[npt.NDArray[np.int32]] = []
-        self.block_positions: list[npt.NDArray[np.int32]] = []
-        self.block_ids: list[BlockIds] = []
-
-    def add_chunk(self, row: int, size: int) -> None:
-        """Compute ``size`` tokens of ``row``."""
-        self.chunk_rows.append(row)
-        self.chunk_sizes.append(size)
-        self.budget -= size
-
-    def add_blocks(
-        self, rows: npt.NDArray[np.int32], positions: npt.NDArray[np.int32], ids: BlockIds
-    ) -> None:
-        """Extend block tables."""
-        self.block_rows.append(rows)
-        self.block_positions.append(positions)
-        self.block_ids.append(ids)
-
-
-def _joined(arrays: list[npt.NDArray[np.int32]]) -> npt.NDArray[np.int32]:
-    return np.concatenate(arrays) if arrays else np.empty(0, np.int32)
 
 
 class Scheduler:
@@ -90,7 +48,7 @@ class Scheduler:
     ) -> None:
         self.block_size = block_size
         self.max_batch_tokens = max_batch_tokens
-        self.max_rows = min(max_rows, max_batch_tokens)
+        self.max_rows = min(max_rows, max_batch_tokens)  # so that each can get its next token
         self.pool = BlockPool(num_blocks)
         self.tree = PrefixTree(self.pool, block_size) if prefix_cache else None
         self.num_waiting = 0
@@ -104,33 +62,16 @@ class Scheduler:
         self._generated = PRIOR_TOKENS
         self._allowed = PRIOR_TOKENS
 
-        # State of running sequences by device row. ``length`` counts tokens known and in flight,
-        # ``planned`` positions whose computation is planned; planned < length < limit.
-        rows = self.max_rows
-        self._sequences: list[Sequence | None] = [None] * rows
+        self._rows = RunningRows(self.max_rows, -(-max_context // block_size), num_blocks)
+        # Sequences whose last token is planned, and not known yet, by ticket.
         self._ending: dict[int, Sequence] = {}
-        self._free_rows = list(range(rows - 1, -1, -1))
-        self._active = np.zeros(rows, np.bool_)
-        self._ticket = np.zeros(rows, np.int64)
-        self._length = np.zeros(rows, np.int32)
-        self._planned = np.zeros(rows, np.int32)
-        self._limit = np.zeros(rows, np.int32)
-        self._expected = np.zeros(rows, np.int32)
-        self._prompt_tokens = np.zeros(rows, np.int32)
-        self._computed_before = np.zeros(rows, np.int32)
-        self._num_blocks = np.zeros(rows, np.int32)
-        self._table = np.zeros((rows, -(-max_context // block_size)), np.int32)
-        # Leading blocks that other sequences share, and which row allocated a block (-1: none running).
-        self._num_shared = np.zeros(rows, np.int32)
-        self._allocated_by = np.full(num_blocks, -1, np.int32)
-        self._by_age: npt.NDArray[np.int32] | None = None
 
     # The queue
 
     @property
     def num_running(self) -> int:
         """Sequences on the device, with those whose last token is in flight."""
-        return self.max_rows - len(self._free_rows) + len(self._ending)
+        return len(self._rows) + len(self._ending)
 
     @property
     def has_work(self) -> bool:
@@ -182,91 +123,72 @@ class Scheduler:
         """Plan the next step, which counts as launched from here on; None if nothing can be computed
         before a launched step is applied, or there is no work."""
         preemptions = self.preemptions
-        draft = _Draft(self.max_batch_tokens)
-        rows = self._rows_by_age()
-        decodes = self._grow(rows[self._length[rows] - self._planned[rows] == 1], draft)
+        draft = StepDraft(self.max_batch_tokens)
+        state = self._rows
+        rows = state.by_age()
+        decodes = self._grow(rows[state.length[rows] - state.planned[rows] == 1], draft)
         draft.budget -= len(decodes)
-        rows = self._rows_by_age()
-        for row in rows[self._length[rows] - self._planned[rows] > 1].tolist():
+        rows = state.by_age()
+        left = state.length[rows] - state.planned[rows]
+        for row, size in zip(rows[left > 1].tolist(), left[left > 1].tolist(), strict=True):
             if draft.budget == 0:
                 break
-            draft.add_chunk(row, min(draft.budget, int(self._length[row] - self._planned[row])))
+            draft.add_chunk(row, min(draft.budget, size))
         if self.preemptions == preemptions:
             self._admit(draft)
         if not len(decodes) and not draft.chunk_rows:
             return None
         return self._launch(decodes, draft)
 
-    def _launch(self, decodes: npt.NDArray[np.int32], draft: _Draft) -> StepPlan:
-        chunk_rows = np.array(draft.chunk_rows, np.int32)
-        rows = np.concatenate([decodes, chunk_rows])
-        starts = self._planned[rows]
+    def _launch(self, decodes: npt.NDArray[np.int32], draft: StepDraft) -> StepPlan:
+        state = self._rows
+        rows = np.concatenate([decodes, np.array(draft.chunk_rows, np.int32)])
+        starts = state.planned[rows]
         num_tokens = np.ones(len(rows), np.int32)
         num_tokens[len(decodes) :] = draft.chunk_sizes
         ends = starts + num_tokens
-        samples = ends == self._length[rows]
+        samples = ends == state.length[rows]
 
-        written = [self._table[decodes, starts[: len(decodes)] // self.block_size]]
+        written = [state.table[decodes, starts[: len(decodes)] // self.block_size]]
         for place in range(len(decodes), len(rows)):
             first = int(starts[place]) // self.block_size
             stop = -(-int(ends[place]) // self.block_size)
-            written.append(self._table[rows[place], first:stop])
-        plan = StepPlan(
-            index=self._step_index,
-            rows=rows,
-            num_tokens=num_tokens,
-            starts=starts,
-            samples=samples,
-            new_rows=tuple(draft.new_rows),
-            block_rows=_joined(draft.block_rows),
-            block_positions=_joined(draft.block_positions),
-            block_ids=_joined(draft.block_ids),
-        )
-        sequences = [self._at(row) for row in rows.tolist()]
+            written.append(state.table[rows[place], first:stop])
+        plan = draft.plan(self._step_index, rows, num_tokens, starts, samples)
+        sequences = [state.at(row) for row in rows.tolist()]
         for sequence in sequences:
             sequence.in_flight += 1
         step = LaunchedStep(
-            plan, sequences, _joined(written), self._prompt_tokens[rows], self._computed_before[rows]
+            plan, sequences, np.concatenate(written), state.prompt_tokens[rows], state.computed_before[rows]
         )
         self.pool.begin_write(step.written)
         self._steps.append(step)
         self._step_index += 1
 
-        self._planned[rows] = ends
+        state.planned[rows] = ends
         sampled = rows[samples]
-        self._length[sampled] += 1
-        for row in sampled[self._length[sampled] == self._limit[sampled]].tolist():
-            self._end(self._at(row))
+        state.length[sampled] += 1
+        for row in sampled[state.length[sampled] == state.limit[sampled]].tolist():
+            self._end(state.at(row))
         return plan
 
-    def _at(self, row: int) -> Sequence:
-        sequence = self._sequences[row]
-        assert sequence is not None
-        return sequence
-
-    def _rows_by_age(self) -> npt.NDArray[np.int32]:
-        if self._by_age is None:
-            rows = np.flatnonzero(self._active).astype(np.int32)
-            self._by_age = rows[np.argsort(self._ticket[rows])]
-        return self._by_age
-
-    def _grow(self, rows: npt.NDArray[np.int32], draft: _Draft) -> npt.NDArray[np.int32]:
+    def _grow(self, rows: npt.NDArray[np.int32], draft: StepDraft) -> npt.NDArray[np.int32]:
         """Give a block to each of ``rows`` (oldest first) whose next token needs one.
 
         Returns the rows that can go on. Preempts where blocks run out; a row may also have to sit out
         until a launched step lets go of the blocks of a preempted or finished sequence.
         """
-        needs = self._planned[rows] == self._num_blocks[rows] * self.block_size
+        state, pool = self._rows, self.pool
+        needs = state.planned[rows] == state.num_blocks[rows] * self.block_size
         if not needs.any():
             return rows
-        pool = self.pool
         while np.count_nonzero(needs) > pool.num_free + pool.num_idle + pool.num_owed:
             victim = self._victim()
             if victim < 0:
                 break
             keep = rows != victim
             rows, needs = rows[keep], needs[keep]
-            self._preempt(self._at(victim))
+            self._preempt(state.at(victim))
         short = int(np.count_nonzero(needs)) - (pool.num_free + pool.num_idle)
         if short > 0:
             keep = np.ones(len(rows), np.bool_)
@@ -274,30 +196,24 @@ class Scheduler:
             rows, needs = rows[keep], needs[keep]
         growing = rows[needs]
         ids = self._allocate(len(growing))
-        positions = self._num_blocks[growing]
-        self._table[growing, positions] = ids
-        self._num_blocks[growing] += 1
-        self._allocated_by[ids] = growing
-        draft.add_blocks(growing, positions, ids)
+        draft.add_blocks(growing, state.append_blocks(growing, ids), ids)
         return rows
 
     def _victim(self) -> int:
         """The row with the fewest computed tokens, of equals the youngest, never the oldest; or -1."""
-        rows = self._rows_by_age()[1:]
-        if not len(rows):
-            return -1
-        return int(rows[::-1][np.argmin(self._planned[rows][::-1])])
+        rows = self._rows.by_age()[:0:-1]
+        return int(rows[np.argmin(self._rows.planned[rows])]) if len(rows) else -1
 
     def _preempt(self, sequence: Sequence) -> None:
-        sequence.computed_before = max(sequence.computed_before, int(self._planned[sequence.row]))
+        sequence.computed_before = max(sequence.computed_before, int(self._rows.planned[sequence.row]))
         self._release_blocks(sequence)
         sequence.state = State.WAITING
         self._queue.give_back(sequence)
         self.num_waiting += 1
         self.preemptions += 1
 
-    def _admit(self, draft: _Draft) -> None:
-        while self._may_admit and draft.budget > 0 and self._free_rows:
+    def _admit(self, draft: StepDraft) -> None:
+        while self._may_admit and draft.budget > 0 and self._rows.num_free:
             sequence = self._queue.first()
             if sequence is None or sequence.in_flight:  # preempted, and a token of it is on its way
                 return
@@ -320,67 +236,45 @@ class Scheduler:
             blocks = np.concatenate([shared, self._allocate(needed)])
             if self.tree:
                 sequence.chain = self.tree.enter(data, matched, blocks)
-            self._place(sequence, known, blocks, len(shared), draft)
+            self._place(sequence, blocks, len(shared), draft)
 
     def _fits(self, sequence: Sequence, known: int, shared: BlockIds, needed: int) -> bool:
         """Whether ``needed`` blocks beside ``shared`` ones can be had now, and the forecast agrees."""
-        pool = self.pool
+        state, pool = self._rows, self.pool
         woken = int(np.count_nonzero(pool.references[shared] == 1))
         available = pool.num_free + pool.num_idle - woken
         if needed > available:
             return False
-        rows = self._rows_by_age()
+        rows = state.by_age()
         if not len(rows):
             return True
-        lengths = self._length[rows]
-        finals = np.maximum(self._expected[rows], lengths + self.block_size)
-        finals = np.minimum(finals, self._limit[rows])
-        blocks = self._num_blocks[rows]
+        lengths, blocks = state.length[rows], state.num_blocks[rows]
+        finals = np.maximum(state.expected[rows], lengths + self.block_size)
+        finals = np.minimum(finals, state.limit[rows])
         own = len(sequence.prompt) + self.expected_tokens(sequence)
         peak = peak_blocks(
             pool.num_blocks - available - pool.num_owed + needed,
             np.append(lengths, np.int32(known)),
             np.append(finals, np.int32(own)),
             np.append(blocks, np.int32(needed + len(shared))),
-            np.append(blocks - self._num_shared[rows], np.int32(needed)),
+            np.append(blocks - state.num_shared[rows], np.int32(needed)),
             self.block_size,
         )
         return peak <= pool.num_blocks
 
-    def _place(
-        self, sequence: Sequence, known: int, blocks: BlockIds, num_shared: int, draft: _Draft
-    ) -> None:
+    def _place(self, sequence: Sequence, blocks: BlockIds, num_shared: int, draft: StepDraft) -> None:
         """Give an admitted sequence its row and plan its first chunk."""
-        row = self._free_rows.pop()
         start = num_shared * self.block_size
         if sequence.cached_tokens is None:
             sequence.cached_tokens = min(start, len(sequence.prompt))
             self.cached_tokens += sequence.cached_tokens
-        sequence.expected = len(sequence.prompt) + self.expected_tokens(sequence)
+        expected = len(sequence.prompt) + self.expected_tokens(sequence)
+        self._rows.place(sequence, expected, blocks, num_shared, start)
         sequence.state = State.RUNNING
-        sequence.row = row
         self.num_waiting -= 1
-        self._sequences[row] = sequence
-        self._active[row] = True
-        self._by_age = None
-        self._ticket[row] = sequence.ticket
-        self._length[row] = known
-        self._planned[row] = start
-        self._limit[row] = sequence.limit
-        self._expected[row] = sequence.expected
-        self._prompt_tokens[row] = len(sequence.prompt)
-        self._computed_before[row] = sequence.computed_before
-        self._num_blocks[row] = len(blocks)
-        self._table[row, : len(blocks)] = blocks
-        self._num_shared[row] = num_shared
-        owners = self._allocated_by[blocks[:num_shared]]
-        positions = np.arange(len(blocks), dtype=np.int32)
-        running = owners >= 0
-        np.maximum.at(self._num_shared, owners[running], positions[:num_shared][running] + 1)
-        self._allocated_by[blocks[num_shared:]] = row
-        draft.new_rows.append(
+        draft.add_row(
             NewRow(
-                row=row,
+                row=sequence.row,
                 tokens=sequence.known(),
                 num_prompt_tokens=len(sequence.prompt),
                 sampling=sequence.sampling,
@@ -388,8 +282,9 @@ class Scheduler:
                 sample_index=sequence.sample_index,
             )
         )
-        draft.add_blocks(np.full(len(blocks), row, np.int32), positions, blocks)
-        draft.add_chunk(row, min(draft.budget, known - start))
+        rows = np.full(len(blocks), sequence.row, np.int32)
+        draft.add_blocks(rows, np.arange(len(blocks), dtype=np.int32), blocks)
+        draft.add_chunk(sequence.row, min(draft.budget, sequence.num_known - start))
 
     def _wake(self, nodes: Iterable[Node]) -> None:
         self._may_admit = self._queue.wake(nodes) or self._may_admit
@@ -401,22 +296,9 @@ class Scheduler:
             self.tree.evict(count - self.pool.num_free)
         return self.pool.allocate(count)
 
-    def _free_row(self, sequence: Sequence) -> BlockIds:
-        """Take the sequence's row; returns its blocks. The device works in order, so the row may be
-        given away while launched steps still use it."""
-        row = sequence.row
-        blocks = self._table[row, : self._num_blocks[row]].copy()
-        self._allocated_by[blocks[self._allocated_by[blocks] == row]] = -1
-        self._sequences[row] = None
-        self._active[row] = False
-        self._by_age = None
-        self._free_rows.append(row)
-        sequence.row = -1
-        return blocks
-
     def _end(self, sequence: Sequence) -> None:
         """Its last token is planned: the row is free, the blocks are kept until the token is known."""
-        sequence.blocks = self._free_row(sequence)
+        sequence.blocks = self._rows.remove(sequence)
         sequence.state = State.ENDING
         self._ending[sequence.ticket] = sequence
 
@@ -427,7 +309,7 @@ class Scheduler:
             sequence.blocks = None
             del self._ending[sequence.ticket]
         else:
-            blocks = self._free_row(sequence)
+            blocks = self._rows.remove(sequence)
         if self.tree:
             # Claims first: a node is a leaf once they are gone.
             assert sequence.chain is not None
@@ -480,7 +362,7 @@ class Scheduler:
         if sequence.chain is None:  # preempted since
             return
         assert self.tree is not None
-        blocks = sequence.blocks if sequence.blocks is not None else self._table[sequence.row]
+        blocks = sequence.blocks if sequence.blocks is not None else self._rows.table[sequence.row]
         for number in range(first, stop):
             key = sequence.slice_bytes(number * self.block_size, (number + 1) * self.block_size)
             claim = self.tree.advance(sequence.chain, key, int(blocks[number]))
@@ -491,6 +373,8 @@ class Scheduler:
         """Assert all invariants: of the pool, the tree and the queue; that every block's owners and
         writers are the sequences and steps that name it; that no block has two writers; that rows are
         used once and their counts agree with their sequences' tokens."""
+        state = self._rows
+        state.check()
         self.pool.check()
         self._queue.check()
         if self.tree:
@@ -509,22 +393,18 @@ class Scheduler:
             assert sequence.state is State.ENDING and sequence.blocks is not None
             assert sampled.get(id(sequence), 0) > 0, "it ends, but no step has its last token"
             references[sequence.blocks] += 1
-        for row in np.flatnonzero(self._active).tolist():
-            sequence = self._at(row)
-            assert sequence.state is State.RUNNING and sequence.row == row, "another's row"
-            length, planned = int(self._length[row]), int(self._planned[row])
-            assert length == sequence.num_known + sampled.get(id(sequence), 0), "wrong length"
-            assert planned < length < sequence.limit, "planned beyond its tokens or its limit"
-            assert planned <= self._num_blocks[row] * self.block_size, "planned beyond its blocks"
+        for row in state.by_age().tolist():
+            sequence, planned = state.at(row), int(state.planned[row])
+            assert sequence.state is State.RUNNING, "a row of a sequence that does not run"
+            known = sequence.num_known + sampled.get(id(sequence), 0)
+            assert state.length[row] == known, "wrong length"
+            assert planned <= state.num_blocks[row] * self.block_size, "planned beyond its blocks"
             assert sequence.in_flight == in_flight.get(id(sequence), 0), "wrong count of steps in flight"
-            blocks = self._table[row, : self._num_blocks[row]]
+            blocks = state.table[row, : state.num_blocks[row]]
             references[blocks] += 1
             writable = blocks[planned // self.block_size :]
             assert (self.pool.references[writable] == 1).all(), "a block to be written is shared"
             assert not self.pool.cached[writable].any(), "a block to be written is cached"
         assert (references == self.pool.references).all(), "reference counts differ from the owners"
         assert (writers == self.pool.writers).all(), "writer counts differ from the launched steps"
-        free_rows = set(self._free_rows)
-        assert len(free_rows) == len(self._free_rows), "a row is free twice"
-        assert free_rows == set(np.flatnonzero(~self._active).tolist()), "a row is free and used"
         assert self.num_waiting == len(self._queue.sequences()), "wrong count of waiting sequences"

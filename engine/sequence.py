@@ -27,7 +27,7 @@ class Sequence:
 
     ``prompt`` is int32 token ids, ``tokens`` the generated ones known so far (with those decoded
     elsewhere, which ``resume`` holds). ``limit`` is the number of prompt and generated tokens at which
-    it ends at the latest, ``expected`` the number at which it probably ends.
+    it ends at the latest.
 
     ``ticket`` is its place in the order of arrival; ``in_flight`` counts launched steps it is part of;
     positions below ``computed_before`` were computed once before, here or elsewhere, and are waste to
@@ -41,7 +41,6 @@ class Sequence:
         "chain",
         "charged_ns",
         "computed_before",
-        "expected",
         "in_flight",
         "index",
         "limit",
@@ -74,7 +73,6 @@ class Sequence:
         self.prompt = prompt
         self.sampling = sampling
         self.limit = limit
-        self.expected = limit
         self.stops = stops
         self.tokens: list[int] = list(resume.token_ids)
         self.token_ns: list[int] = list(resume.token_ns)

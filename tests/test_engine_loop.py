@@ -315,6 +315,16 @@ def test_requests_that_share_instructions_wait_for_whoever_computes_them(fakes, 
     assert loop.stats.prompt_tokens == 16 + 6 * 2 and loop.stats.cached_tokens == 5 * 16
 
 
+def test_whoever_waits_for_a_prefix_goes_on_when_the_one_that_computes_it_is_dropped(fakes):
+    loop, runner = make_loop(fakes, steps_in_flight=2)
+    requests = [Request(i, (*PROMPT, i), SamplingParams(max_tokens=4, ignore_eos=True)) for i in range(3)]
+    loop.add(requests)
+    assert loop.step() == [] and loop.stats.running == 1 and loop.stats.waiting == 2
+    loop.drop(0)
+    loop.check()
+    assert_right(fakes, runner, requests[1:], finish(loop))
+
+
 def test_a_whole_cached_prompt_is_never_matched_entirely(fakes):
     loop, _ = make_loop(fakes)
     sampling = SamplingParams(max_tokens=2, ignore_eos=True)
@@ -373,10 +383,11 @@ def test_the_oldest_is_never_preempted_though_it_has_computed_least(fakes, monke
     preempt, victims = scheduler._preempt, []
 
     def spy(sequence):
-        running = [s for s in scheduler._sequences if s is not None]
+        state = scheduler._rows
+        running = [state.at(row) for row in state.by_age().tolist()]
         assert sequence.ticket > min(s.ticket for s in running)
         candidates = [s for s in running if s.ticket > min(r.ticket for r in running)]
-        assert scheduler._planned[sequence.row] == min(scheduler._planned[s.row] for s in candidates)
+        assert state.planned[sequence.row] == min(state.planned[s.row] for s in candidates)
         victims.append(sequence.index)
         preempt(sequence)
 
