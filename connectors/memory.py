@@ -18,7 +18,7 @@ class MemoryStore:
     def __init__(self, root: str, file_system: Any, path: str) -> None:
         """Use the objects below ``path`` of the in-memory ``file_system``."""
         self.root = root
-        self.file_system = file_system
+        self._file_system = file_system
         self._path = path
 
     def create_exclusive(self, key: str, data: bytes | Path) -> bool:
@@ -27,16 +27,16 @@ class MemoryStore:
         if not content:
             raise empty_object(f"{self.root}/{key}")
         with _memory_lock:
-            if f"{self._path}/{key}" in self.file_system.store:
+            if f"{self._path}/{key}" in self._file_system.store:
                 return False
-            self.file_system.pipe_file(f"{self._path}/{key}", content)
+            self._file_system.pipe_file(f"{self._path}/{key}", content)
         return True
 
     def put(self, key: str, data: bytes | Path) -> None:
         """See ObjectStore."""
         content = data if isinstance(data, bytes) else data.read_bytes()
         with _memory_lock:
-            self.file_system.pipe_file(f"{self._path}/{key}", content)
+            self._file_system.pipe_file(f"{self._path}/{key}", content)
 
     def get(self, key: str) -> bytes:
         """See ObjectStore."""
@@ -58,18 +58,18 @@ class MemoryStore:
         with _memory_lock:
             return [
                 self._info(path[start:], file)
-                for path, file in sorted(self.file_system.store.items())
+                for path, file in sorted(self._file_system.store.items())
                 if path.startswith(f"{self._path}/{prefix}")
             ]
 
     def delete(self, key: str) -> None:
         """See ObjectStore."""
         with _memory_lock:
-            self.file_system.store.pop(f"{self._path}/{key}", None)
+            self._file_system.store.pop(f"{self._path}/{key}", None)
 
     def _file(self, key: str) -> Any:
         try:
-            return self.file_system.store[f"{self._path}/{key}"]
+            return self._file_system.store[f"{self._path}/{key}"]
         except KeyError:
             raise FileNotFoundError(f"{self.root}/{key}: there is no such object") from None
 

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 from urllib.parse import unquote
 
 import fsspec
@@ -39,10 +39,6 @@ _SUPPORTED = "a local path, file://, memory://, s3://, gs:// and abfs://"
 # Above twice this many bytes an upload is cut into parts.
 PART_BYTES = 32 << 20
 _PARALLEL_PARTS = 4
-
-
-AnyStore: TypeAlias = "LocalStore | MemoryStore | S3Store | GenericStore"
-"""What ``open_store`` gives: each an ObjectStore."""
 
 
 def protocol_of(uri: str) -> str:
@@ -84,7 +80,7 @@ def join_uri(root: str, key: str) -> str:
     return f"{root.rstrip('/')}/{key}"
 
 
-def open_store(root_uri: str, storage: Storage | None = None) -> AnyStore:
+def open_store(root_uri: str, storage: Storage | None = None) -> ObjectStore:
     """The store of the objects below ``root_uri``.
 
     Opening checks the address and the options only; ``probe`` tries the store. Endpoint and region
@@ -150,7 +146,6 @@ def _s3(endpoint_url: str | None, region: str | None, environment: object, proce
         },
         use_listings_cache=False,
         skip_instance_cache=True,
-        default_cache_type="none",
     )
     file_system.retries = 1  # errors.attempt does it, for every store alike
     return file_system
@@ -169,13 +164,13 @@ class S3Store:
     def __init__(self, root: str, file_system: Any, path: str) -> None:
         """Use the objects below ``path`` ("bucket/prefix") through the s3fs ``file_system``."""
         self.root = root
-        self.file_system = file_system
+        self._file_system = file_system
         self._bucket, _, prefix = path.partition("/")
         self._prefix = f"{prefix}/" if prefix else ""
 
     def _call(self, method: str, uri: str, **arguments: Any) -> Any:
         return attempt(
-            lambda: self.file_system.call_s3(method, Bucket=self._bucket, **arguments),
+            lambda: self._file_system.call_s3(method, Bucket=self._bucket, **arguments),
             uri,
         )
 
@@ -193,7 +188,7 @@ class S3Store:
 
     def _write(self, key: str, data: bytes | Path, mode: str) -> None:
         _write(
-            self.file_system, f"{self._bucket}/{self._prefix}{key}", data, mode, join_uri(self.root, key)
+            self._file_system, f"{self._bucket}/{self._prefix}{key}", data, mode, join_uri(self.root, key)
         )
 
     def get(self, key: str) -> bytes:
@@ -215,9 +210,9 @@ class S3Store:
         def read() -> bytes:
             return bytes(
                 fsspec.asyn.sync(
-                    self.file_system.loop,
+                    self._file_system.loop,
                     _read,
-                    self.file_system,
+                    self._file_system,
                     self._bucket,
                     self._prefix + key,
                     arguments,
@@ -275,7 +270,7 @@ class GenericStore:
     def __init__(self, root: str, file_system: Any, path: str) -> None:
         """Use the objects below ``path`` ("bucket/prefix") through the fsspec ``file_system``."""
         self.root = root
-        self.file_system = file_system
+        self._file_system = file_system
         self._path = path
 
     def create_exclusive(self, key: str, data: bytes | Path) -> bool:
@@ -291,12 +286,12 @@ class GenericStore:
         self._write(key, data, "overwrite")
 
     def _write(self, key: str, data: bytes | Path, mode: str) -> None:
-        _write(self.file_system, f"{self._path}/{key}", data, mode, join_uri(self.root, key))
+        _write(self._file_system, f"{self._path}/{key}", data, mode, join_uri(self.root, key))
 
     def get(self, key: str) -> bytes:
         """See ObjectStore."""
         path = f"{self._path}/{key}"
-        return bytes(attempt(lambda: self.file_system.cat_file(path), join_uri(self.root, key)))
+        return bytes(attempt(lambda: self._file_system.cat_file(path), join_uri(self.root, key)))
 
     def get_range(self, key: str, start: int, stop: int) -> bytes:
         """See ObjectStore."""
@@ -304,12 +299,12 @@ class GenericStore:
         if last <= first:
             return b""
         path, uri = f"{self._path}/{key}", join_uri(self.root, key)
-        return bytes(attempt(lambda: self.file_system.cat_file(path, start=first, end=last), uri))
+        return bytes(attempt(lambda: self._file_system.cat_file(path, start=first, end=last), uri))
 
     def head(self, key: str) -> ObjectInfo:
         """See ObjectStore."""
         uri = join_uri(self.root, key)
-        found = attempt(lambda: self.file_system.info(f"{self._path}/{key}", refresh=True), uri)
+        found = attempt(lambda: self._file_system.info(f"{self._path}/{key}", refresh=True), uri)
         if found["type"] != "file":
             raise FileNotFoundError(f"{uri}: there is no such object")
         return _info(key, found)
@@ -318,7 +313,9 @@ class GenericStore:
         """See ObjectStore."""
         folder = f"{self._path}/{prefix}".rpartition("/")[0]
         try:
-            found = attempt(lambda: self.file_system.find(folder, detail=True), join_uri(self.root, prefix))
+            found = attempt(
+                lambda: self._file_system.find(folder, detail=True), join_uri(self.root, prefix)
+            )
         except FileNotFoundError:
             return []
         infos = (_info(path[len(self._path) + 1 :], info) for path, info in found.items())
@@ -328,7 +325,7 @@ class GenericStore:
         """See ObjectStore."""
         uri = join_uri(self.root, key)
         try:
-            attempt(lambda: self.file_system.rm_file(f"{self._path}/{key}"), uri)
+            attempt(lambda: self._file_system.rm_file(f"{self._path}/{key}"), uri)
         except FileNotFoundError:
             return
 

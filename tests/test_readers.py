@@ -22,7 +22,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batchinfer.connectors import jsonl
-from batchinfer.connectors.datasets import open_dataset
 from batchinfer.connectors.inputs import list_inputs, open_input
 from batchinfer.connectors.readers import InputScan, discover, read_batches, read_split, scan_input
 from batchinfer.connectors.storage import open_store
@@ -742,16 +741,3 @@ def test_a_failing_store_is_no_unreadable_row_group(
     )
     with pytest.raises(StorageError, match="the store failed"):
         list(read_split(split, plan.schema))
-
-
-def test_results_as_a_dataset(root: str) -> None:
-    with pytest.raises(StorageError, match="no Parquet file is there yet"):
-        open_dataset(root)
-    store = open_store(root)
-    for number in range(3):
-        sink = io.BytesIO()
-        pq.write_table(TABLE.slice(number * 10, 10), sink)
-        store.put(f"part-{number:05d}-of-00003.parquet", sink.getvalue())
-    store.put("_batchinfer/job.json", b"{}")
-    found = open_dataset(root).to_table(columns=["id", "text"])
-    assert found.equals(TABLE.slice(0, 30).select(["id", "text"]))
