@@ -90,7 +90,7 @@ def split_by_largest_remainder(total: int, weights: npt.NDArray[np.float64]) -> 
     whole = float(weights.sum())
     if not 0.0 < whole < float("inf") or float(weights.min()) < 0.0:
         raise ValueError("weights must be finite, 0 or more, and not all 0")
-    exact = weights * (total / whole)
+    exact = weights / whole * total
     parts = np.floor(exact).astype(np.int64)
     left = total - int(parts.sum())
     if left > 0:

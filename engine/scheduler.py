@@ -83,10 +83,6 @@ class Scheduler:
         """Blocks that sequences or launched steps need; cached blocks that nobody uses don't count."""
         return self.pool.num_blocks - self.pool.num_free - self.pool.num_idle
 
-    def blocks_for(self, limit: int) -> int:
-        """Blocks of a sequence with ``limit`` tokens, whose last token is never in the cache."""
-        return -(-(limit - 1) // self.block_size)
-
     def expected_tokens(self, sequence: Sequence) -> int:
         """How many tokens ``sequence`` will probably generate, as those finished so far did."""
         allowed = sequence.limit - len(sequence.prompt)
@@ -96,7 +92,7 @@ class Scheduler:
         return min(allowed, max(int(share * allowed) + 1, len(sequence.tokens) + self.block_size))
 
     def add(self, sequences: Iterable[Sequence]) -> None:
-        """Queue sequences behind all others. Each must fit the pool alone (``blocks_for``)."""
+        """Queue sequences behind all others. Each, less its last token, must fit the pool alone."""
         for sequence in sequences:
             self._queue.append(sequence)
             self.num_waiting += 1

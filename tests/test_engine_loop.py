@@ -422,20 +422,22 @@ def test_a_sequence_preempted_while_its_token_is_in_flight_keeps_the_token(fakes
     assert_conserved(loop, items)
 
 
-def test_known_lengths_are_admitted_without_preemption(fakes):
+@pytest.mark.parametrize("shared", [0, 32])
+def test_known_lengths_are_admitted_without_preemption(fakes, shared):
     for seed in range(20):
         rng = random.Random(seed)
+        stem = tuple(rng.randrange(20) for _ in range(shared))
         loop, runner = make_loop(
             fakes,
             max_sequences=16,
             max_batch_tokens=256,
-            prefix_cache=False,
-            runner={"num_blocks": 24, "max_rows": 16, "max_context": 90},
+            prefix_cache=shared > 0,
+            runner={"num_blocks": 24 + shared // 4, "max_rows": 16, "max_context": 130},
         )
         requests = [
             Request(
                 i,
-                tuple(rng.randrange(20) for _ in range(rng.randrange(1, 30))),
+                stem + tuple(rng.randrange(20) for _ in range(rng.randrange(1, 30))),
                 SamplingParams(max_tokens=rng.randrange(1, 60), ignore_eos=True),
             )
             for i in range(30)
