@@ -197,15 +197,19 @@ def settle(workers: Iterable[WorkerRecord], footers: Iterable[PartFooter]) -> Se
     )
 
 
-def summary(settlement: Settlement, shards: int) -> bytes:
-    """The summary as JSON: totals, the bill by bucket in nanoseconds and USD, and by worker."""
+def summary(settlement: Settlement, shards: int, n: int) -> bytes:
+    """The summary as JSON: totals, the bill by bucket in nanoseconds and USD, and by worker.
+
+    ``shards`` counts those of the plan, ``n`` the samples of a row.
+    """
     whole = settlement.bill
     total_usd = settlement.usd
+    rows = settlement.rows // n
     return json.dumps(
         {
             "complete": settlement.shards == shards,
             "shards": {"committed": settlement.shards, "total": shards},
-            "rows": {"answered": settlement.rows, "failed": settlement.failed_rows},
+            "rows": {"answered": rows, "failed": settlement.failed_rows},
             "tokens": {
                 "prompt": settlement.prompt_tokens,
                 "cached": settlement.cached_tokens,

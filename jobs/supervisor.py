@@ -34,7 +34,7 @@ from batchinfer.jobs.link import (
     Stop,
 )
 from batchinfer.jobs.publisher import Publisher
-from batchinfer.jobs.records import WorkerRecord
+from batchinfer.jobs.records import WorkerRecord, WorkerState
 from batchinfer.jobs.types import JobError
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class Supervisor:
         self._folder = folder
         self._clock = clock
         self._pace = pace
-        self._shards = len(work.shards)
+        self._shards, self._n = len(work.shards), work.sampling.n
         self._start_engine = start_engine
         worker, price = record.worker, record.usd_per_hour
         self.bench = Bench(clock, Ledger(started_ns), worker, price, pace.read_ahead)
@@ -97,10 +97,13 @@ class Supervisor:
         patience = pace.lease / RENEWALS_PER_LEASE
         self._feeder = Feeder(folder, self.bench, self._claims, work, worker, patience)
         self._feeding: Thread | None = None
+        self.message = ""
+        """Why it stopped, once it has, where somebody should know."""
         self._link: EngineLink | None = None
         self._inbox: list[FromEngine] = []
         self._heard = started_ns
         self._capacity = 0
+        self._last_failure = ""
         self._restarts = 0
 
     def run(self) -> int:
@@ -117,6 +120,7 @@ class Supervisor:
 
     def drain(self) -> None:
         """Stop admitting rows, save what there is, and leave (SIGTERM)."""
+        self._heartbeat.life = Life("draining")
         self.bench.request_stop("drain")
 
     # -- the engine -------------------------------------------------------------------------------
@@ -183,26 +187,32 @@ class Supervisor:
             self._heartbeat.life = Life("running")
             if self._feeding is None:
                 self._feeding = self._spawn("feeder", self._feeder.run)
-        elif isinstance(message, Results):
-            bench.accept(message.items, message.spent)
-        elif isinstance(message, Dropped):
-            bench.accept_dropped(message)
-        elif isinstance(message, Inflight):
-            bench.accept_inflight(message)
         elif isinstance(message, Failed):
             if message.permanent:
                 bench.request_stop("error", JobError(message.message))
             else:
                 logger.error("the engine failed: %s", message.message)
+                self._last_failure = message.message
         elif isinstance(message, Ended):
             self._restarts += 1
             bench.engine_ended(restart=True)
             self._link = None
             if self._restarts > self._pace.engine_restarts:
-                error = EngineGone(f"the engine ended {self._restarts} times, at last {message.how}")
+                last = self._last_failure or message.how
+                error = EngineGone(f"the engine ended {self._restarts} times, the last time with: {last}")
                 bench.request_stop("error", error)
             else:
                 logger.error("the engine ended (%s): starting it again", message.how)
+        else:
+            self._take_in(message)
+
+    def _take_in(self, message: Results | Dropped | Inflight) -> None:
+        if isinstance(message, Results):
+            self.bench.accept(message.items, message.spent)
+        elif isinstance(message, Dropped):
+            self.bench.accept_dropped(message)
+        else:
+            self.bench.accept_inflight(message)
 
     def _stalled(self) -> bool:
         """Whether the engine has work and has said nothing for too long; then it is ended."""
@@ -227,10 +237,8 @@ class Supervisor:
                 last_word = False
                 while not last_word and (left := deadline - self._clock.now_ns()) > 0:
                     for message in self._take_inbox():
-                        if isinstance(message, Results):
-                            bench.accept(message.items, message.spent)
-                        elif isinstance(message, Inflight):
-                            bench.accept_inflight(message)
+                        if isinstance(message, Results | Dropped | Inflight):
+                            self._take_in(message)
                         last_word = last_word or isinstance(message, Ended)
                     if not last_word:
                         bench.changed.wait(left / 1e9)
@@ -249,10 +257,9 @@ class Supervisor:
         publishing.join()
         self._renewer.close()
         renewing.join()
-        code, message = outcome(bench.stop, bench.error)
-        self._heartbeat.life = Life(
-            "failed" if code in (EXIT_INTERNAL, EXIT_JOB) else "left", code, message
-        )
+        code, self.message = outcome(bench.stop, bench.error)
+        state: WorkerState = "failed" if code in (EXIT_INTERNAL, EXIT_JOB) else "left"
+        self._heartbeat.life = Life(state, code, self.message)
         try:
             for shard in list(bench.open.values()):
                 if shard.lease is not None:
@@ -268,7 +275,7 @@ class Supervisor:
         parts = self._folder.committed()
         footers = [self._folder.read_footer(shard) for shard in parts]
         workers = [record for record, _ in self._folder.read_workers()]
-        self._folder.write_summary(summary(settle(workers, footers), self._shards))
+        self._folder.write_summary(summary(settle(workers, footers), self._shards, self._n))
 
     def _spawn(self, name: str, function: Callable[[], None]) -> Thread:
         """A thread whose failure stops the worker."""
@@ -294,4 +301,6 @@ def outcome(stop: StopReason | None, error: BaseException | None) -> tuple[int, 
         return EXIT_RETRY, str(error)
     if isinstance(error, JobError | StorageError):
         return EXIT_JOB, str(error)
+    if isinstance(error, EngineGone):
+        return EXIT_INTERNAL, str(error)
     return EXIT_INTERNAL, f"{type(error).__name__}: {error}"

@@ -1,0 +1,167 @@
+"""The worker: what every container, batch service and backend runs, on a job's address alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterable
+from dataclasses import replace
+from datetime import UTC, datetime
+
+from batchinfer.connectors.batches import RowBatch
+from batchinfer.connectors.readers import read_batches
+from batchinfer.connectors.storage import open_store
+from batchinfer.connectors.types import Split, StorageError, TransientStorageError
+from batchinfer.engine.config import EngineConfig
+from batchinfer.jobs.clock import SystemClock
+from batchinfer.jobs.columns import passed_columns
+from batchinfer.jobs.engine_process import EngineProcess, Load
+from batchinfer.jobs.feeder import Work
+from batchinfer.jobs.folder import JobFolder, ShardName
+from batchinfer.jobs.processes import (
+    MEMORY_SHARE,
+    PARENT,
+    STORAGE,
+    end_with_parent,
+    process_started_ns,
+)
+from batchinfer.jobs.prompts import compile_prompts
+from batchinfer.jobs.records import Bill, Control, JobRecord, WorkerRecord
+from batchinfer.jobs.spec import JobSpec, parse_spec
+from batchinfer.jobs.supervisor import EXIT_DONE, EXIT_JOB, EXIT_RETRY, EXIT_STOPPED, Pace, Supervisor
+from batchinfer.jobs.types import JobError
+
+logger = logging.getLogger(__name__)
+
+# The protocol's times and sizes as JSON, by the names of Pace; for tests and for tuning.
+PACE = "BATCHINFER_PACE"
+
+ATTEMPTS = 12
+DRAIN_SECONDS = 25.0
+
+
+def run_worker(job_uri: str, usd_per_hour: float | None = None, index: int | None = None) -> int:
+    """Work on the job at ``job_uri`` until every shard is committed; returns the exit code.
+
+    0 done, 75 drained by SIGTERM or a failure that may pass, 78 the job is wrong, 77 stopped by a
+    cancel, 70 internal. ``usd_per_hour`` is this worker's price (default: the job's). ``index`` is the
+    batch service's number of this worker: a hint where to start. To be called from the main thread.
+    """
+    started_ns = process_started_ns()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    try:
+        return _run(job_uri, usd_per_hour, index, started_ns)
+    except TransientStorageError as error:
+        logger.error("%s", error)
+        return EXIT_RETRY
+    except (JobError, StorageError) as error:
+        logger.error("%s", error)
+        return EXIT_JOB
+
+
+def _run(job_uri: str, usd_per_hour: float | None, index: int | None, started_ns: int) -> int:
+    clock = SystemClock()
+    storage = json.loads(os.environ.get(STORAGE, "{}"))
+    folder = JobFolder(open_store(job_uri, storage), clock, attempts=ATTEMPTS)
+    record = folder.read_job()
+    if record is None:
+        raise JobError(f"there is no job at {folder.uri}: give the output.uri of a job that was submitted")
+    control = folder.read_control()
+    if control.state == "cancel":
+        logger.error("the job at %s was cancelled: submit it again to go on", folder.uri)
+        return EXIT_STOPPED
+    spec = parse_spec(record.spec, f"{folder.uri}/_batchinfer/job.json")
+    work = read_work(folder, record, spec)
+    if len(folder.committed()) == len(work.shards):
+        return EXIT_DONE
+    load = Load(
+        engine_config(spec), spec.model.source, {**storage, **spec.storage_options()}, record.fingerprint
+    )
+    supervisor = Supervisor(
+        folder,
+        clock,
+        work,
+        _first_heartbeat(_price(usd_per_hour, control, spec), index),
+        started_ns,
+        lambda deliver: EngineProcess(load, deliver),
+        Pace(**json.loads(os.environ.get(PACE, "{}"))),
+    )
+    _drain_on_signals(supervisor)
+    if PARENT in os.environ:
+        end_with_parent(int(os.environ.pop(PARENT)), signal.SIGTERM)
+    code = supervisor.run()
+    if supervisor.message:
+        logger.error("%s", supervisor.message)
+    return code
+
+
+def read_work(folder: JobFolder, record: JobRecord, spec: JobSpec) -> Work:
+    """What the job's record says there is to do. Raises JobError where it can't be done here."""
+    plan = folder.read_plan(record.plan)
+    shards = {ShardName(0, shard.index, len(plan)): shard for shard in plan}
+    sampling = spec.sampling_params()
+    passed = passed_columns(record.schema, sampling, spec.output.tokens)
+    prompts = compile_prompts(spec, record.input_schema)
+    columns = list(dict.fromkeys([*passed.names, *prompts.columns]))
+    storage = spec.storage_options()
+
+    def read(split: Split) -> Iterable[RowBatch]:
+        return read_batches(split, record.input_schema, columns, storage)
+
+    return Work(shards, record.schema, passed, sampling, read, prompts.render)
+
+
+def engine_config(spec: JobSpec) -> EngineConfig:
+    """The engine that a job asks for, on this host."""
+    model = spec.model
+    config = EngineConfig(
+        model=model.source,
+        dtype=model.dtype,
+        quantize=model.quantize,
+        kv_dtype=model.kv_dtype,
+        max_context=model.max_context,
+        device="auto" if spec.workers.gpus else "cpu",
+    )
+    share = os.environ.get(MEMORY_SHARE)
+    return config if share is None else replace(config, memory_share=float(share))
+
+
+def _price(asked: float | None, control: Control, spec: JobSpec) -> float | None:
+    for price in (asked, control.usd_per_hour, spec.price.usd_per_hour):
+        if price is not None:
+            return price
+    return None
+
+
+def _first_heartbeat(usd_per_hour: float | None, index: int | None) -> WorkerRecord:
+    return WorkerRecord(
+        worker=secrets.token_hex(6),
+        state="starting",
+        beat=0,
+        usd_per_hour=usd_per_hour,
+        bill=Bill(),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        index=index,
+    )
+
+
+def _drain_on_signals(supervisor: Supervisor) -> None:
+    """On SIGTERM or SIGINT leave in order, and within 25 seconds in any case."""
+
+    def drain(number: int, frame: object) -> None:
+        # The interrupted code may hold the bench, so the asking is done elsewhere.
+        threading.Thread(target=supervisor.drain, daemon=True).start()
+        last_resort = threading.Timer(DRAIN_SECONDS, os._exit, [EXIT_RETRY])
+        last_resort.daemon = True
+        last_resort.start()
+
+    signal.signal(signal.SIGTERM, drain)
+    signal.signal(signal.SIGINT, drain)
