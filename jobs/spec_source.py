@@ -66,7 +66,10 @@ def apply_override(data: Any, override: str) -> dict[str, Any]:
             raise JobError(f"--set {override}: write it as key=value, such as sampling.max_tokens=64")
         path.append(next(group for group in match.groups() if group is not None).strip())
         separator, position = match.group(4), match.end()
-    value = parse_yaml(override[position:], f"--set {override}")
+    text = override[position:]
+    # A template begins like a YAML mapping, but is none.
+    is_template = text.lstrip().startswith(("{{", "{%"))
+    value = text if is_template else parse_yaml(text, f"--set {override}")
     return _replaced(data, path, value, override)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
@@ -25,6 +27,7 @@ ALIVE_SECONDS = 60.0
 # How long a submitted job may be without any worker before it counts as stalled.
 START_SECONDS = 120.0
 _PARALLEL_READS = 16
+_LIVING = ("starting", "running", "draining")
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -193,7 +196,8 @@ class StatusReader:
         beats = list(workers)
         now = max((self._now(), *(modified for _, modified in beats)))
         for record, modified in beats:
-            if record.state in ("starting", "running", "draining") and now - modified < ALIVE_SECONDS:
+            fresh = record.state in _LIVING and now - modified < ALIVE_SECONDS
+            if fresh and runs_here(record) is not False:
                 yield record
 
     def _state(
@@ -219,6 +223,19 @@ class StatusReader:
         if not own and self._now() - self._since < START_SECONDS:
             return "starting", "", 0
         return "stalled", "no worker is alive: submit again to go on", 75
+
+
+def runs_here(record: WorkerRecord) -> bool | None:
+    """Whether a worker's process runs on this machine; None where it is another machine's."""
+    if record.host != socket.gethostname():
+        return None
+    if record.state not in _LIVING:
+        return False
+    try:
+        state = Path(f"/proc/{record.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state not in ("Z", "X")
 
 
 def _seconds(moment: str) -> float:

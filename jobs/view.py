@@ -9,6 +9,7 @@ from batchinfer.jobs.status import JobStatus
 
 if TYPE_CHECKING:
     from batchinfer.jobs.plan import Plan
+    from batchinfer.jobs.submit import Submitted
 
 _BAR = 24
 
@@ -18,16 +19,16 @@ def plan_lines(plan: Plan) -> list[str]:
     found, workers = plan.estimate, plan.spec.workers.count
     size = sum(file.size for file in plan.files)
     lines = [
-        _line("input", f"{plan.rows:,} rows in {len(plan.files):,} files, {size:,} bytes"),
+        _line("input", f"{_count(plan.rows, 'row')} in {_count(len(plan.files), 'file')}, {size:,} bytes"),
         _line(
             "shards",
-            f"{len(plan.shards):,} of at most {max(shard.rows for shard in plan.shards):,} rows, for "
-            f"{workers} workers",
+            f"{len(plan.shards):,} of at most {_count(max(shard.rows for shard in plan.shards), 'row')}, "
+            f"for {_count(workers, 'worker')}",
         ),
         _line(
             "tokens",
             f"about {found.prompt_tokens:,} in, at most {found.completion_tokens:,} out, by a sample of "
-            f"{found.sampled_rows:,} rows",
+            f"{_count(found.sampled_rows, 'row')}",
         ),
     ]
     if found.largest:
@@ -43,6 +44,15 @@ def plan_lines(plan: Plan) -> list[str]:
         price = f"at most about {money(found.usd)}, at {hourly} an hour and worker"
     lines.append(_line("price", price))
     return lines
+
+
+def submit_lines(submitted: Submitted) -> list[str]:
+    """What a submit found or made."""
+    if submitted.plan is not None:
+        return [_line("job", submitted.job.uri), *plan_lines(submitted.plan)]
+    if submitted.complete:
+        return [f"The job at {submitted.job.uri} is complete; nothing is left to do."]
+    return [f"The job at {submitted.job.uri} was begun before, and goes on where it stands."]
 
 
 def status_lines(status: JobStatus) -> list[str]:
@@ -90,7 +100,7 @@ def status_line(status: JobStatus) -> str:
     ]
     if status.rows_failed:
         parts.append(f"{status.rows_failed:,} failed")
-    parts.append(f"{status.workers_alive} workers")
+    parts.append(f"{_count(status.workers_alive, 'worker')}")
     if status.tokens_per_second:
         parts.append(f"{status.tokens_per_second:,.1f} tokens/s")
     if status.usd is not None and status.workers:
@@ -129,7 +139,9 @@ def bill_lines(settlement: Settlement) -> list[str]:
     ):
         share = nanoseconds / whole.total if whole.total else 0.0
         lines.append(_line(name, f"{duration(nanoseconds / 1e9)} ({share:.1%})"))
-    lines.append(_line("in all", f"{duration(whole.total / 1e9)} of {len(settlement.accounts)} workers"))
+    lines.append(
+        _line("in all", f"{duration(whole.total / 1e9)} of {_count(len(settlement.accounts), 'worker')}")
+    )
     return lines
 
 
@@ -148,6 +160,10 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{int(seconds // 60)} min {int(seconds % 60)} s"
     return f"{minutes // 60} h {minutes % 60} min" if minutes < 48 * 60 else f"{seconds / 86400:.1f} days"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _line(name: str, text: str) -> str:

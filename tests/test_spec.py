@@ -211,6 +211,10 @@ class TestOverrides:
     def test_a_value_may_hold_an_equals_sign(self) -> None:
         assert load_spec(MINIMAL, ["prompt=a=b {{ text }}"]).prompt == "a=b {{ text }}"
 
+    @pytest.mark.parametrize("template", ["{{ text }}", "{% if text %}a{% endif %}"])
+    def test_a_template_is_text(self, template: str) -> None:
+        assert load_spec(MINIMAL, [f"prompt={template}"]).prompt == template
+
     @pytest.mark.parametrize("override", ["sampling", "=3", "a..b=1", ".a=1", "prompt.x=1", "a=[1"])
     def test_what_is_no_override_is_refused(self, override: str) -> None:
         with pytest.raises(JobError, match=r"--set"):

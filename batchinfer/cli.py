@@ -1,0 +1,299 @@
+"""The command line. Heavy modules are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
+
+import typer
+
+if TYPE_CHECKING:
+    from batchinfer.jobs.job import Job
+    from batchinfer.jobs.status import JobStatus
+
+P = ParamSpec("P")
+
+USAGE, INTERNAL, TRANSIENT, JOB = 2, 70, 75, 78
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help="LLM batch inference over data sets in object storage, exactly once, at a known cost.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+SpecFile = Annotated[str, typer.Argument(metavar="SPEC", help="The job spec: a YAML or JSON file.")]
+JobUri = Annotated[str, typer.Argument(metavar="JOB_URI", help="The job's address: its output.uri.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the spec, such as sampling.seed=1."),
+]
+
+
+def say(text: str) -> None:
+    """Print a line for people: stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def emit(document: Any) -> None:
+    """Print the command's one JSON document: stdout."""
+    print(json.dumps(document, ensure_ascii=False), flush=True)
+
+
+def command(function: Callable[P, int | None]) -> Callable[P, NoReturn]:
+    """A command that leaves with the exit code that ``function`` returns, or with its error's.
+
+    An error is one sentence on stderr, and with ``--json`` also the document on stdout. The environment
+    variable BATCHINFER_DEBUG=1 shows the traceback.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> NoReturn:
+        try:
+            code = function(*args, **kwargs) or 0
+        except typer.BadParameter:
+            raise  # wrong usage: exit code 2
+        except BrokenPipeError:
+            # Whoever read our output has seen enough.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 0
+        except (Exception, KeyboardInterrupt) as error:
+            if os.environ.get("BATCHINFER_DEBUG") == "1":
+                raise
+            code, message = explain(error)
+            say(f"batchinfer: {message}")
+            if kwargs.get("as_json"):
+                emit({"error": message, "exit_code": code})
+        sys.exit(code)
+
+    return run
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """The exit code of an error and the one sentence that people read."""
+    from batchinfer.connectors.types import StorageError, TransientStorageError
+    from batchinfer.engine.types import EngineError, ModelError
+    from batchinfer.jobs.types import JobError
+
+    message = " ".join(str(error).split())
+    if isinstance(error, TransientStorageError):
+        return TRANSIENT, message
+    if isinstance(error, JobError | StorageError | ModelError):
+        return JOB, message
+    if isinstance(error, EngineError):
+        return INTERNAL, message
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted; what is done is kept, submit again to go on"
+    kind = type(error).__name__
+    return INTERNAL, f"internal error: {kind}: {message}; BATCHINFER_DEBUG=1 shows where it happened"
+
+
+@app.command()
+@command
+def plan(spec: SpecFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Rows, tokens, shards, time and price of a job; spends nothing."""
+    from batchinfer.jobs.plan import make_plan, plan_values
+    from batchinfer.jobs.spec_source import load_spec, located
+    from batchinfer.jobs.view import plan_lines
+
+    made = make_plan(located(load_spec(spec, overrides or ())))
+    for line in plan_lines(made):
+        say(line)
+    if as_json:
+        emit(plan_values(made))
+
+
+@app.command()
+@command
+def submit(
+    spec: SpecFile,
+    wait: Annotated[bool, typer.Option("--wait", help="Show progress until the job is done.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Workers to start: workers.count.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Who starts them: workers.backend.")] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> int:
+    """Start a job, or resume it where it stands."""
+    from batchinfer.jobs.live import follow
+    from batchinfer.jobs.spec_source import load_spec
+    from batchinfer.jobs.submit import commit_job, start_workers
+    from batchinfer.jobs.view import bill_lines, submit_lines
+
+    changes = list(overrides or ())
+    if workers is not None:
+        changes.append(f"workers.count={workers}")
+    if backend is not None:
+        changes.append(f"workers.backend={backend}")
+    submitted = commit_job(load_spec(spec, changes))
+    job = submitted.job
+    for line in submit_lines(submitted):
+        say(line)
+    if submitted.complete:
+        found = job.status()
+    else:
+        with start_workers(submitted, attached=wait) as started:
+            if not wait:
+                count = len(started.processes)
+                say(f"Started {count} workers; `batchinfer status {job.uri}` tells how they do.")
+                if as_json:
+                    emit({"uri": job.uri, "resumed": submitted.plan is None, "workers": count})
+                return 0
+            found = follow(job, started)
+    if found.state == "done":
+        for line in bill_lines(job.bill()):
+            say(line)
+        say(f"The answers are in {job.uri}/*.parquet; `batchinfer results {job.uri}` shows them.")
+    elif found.message:
+        say(f"batchinfer: {found.message}")
+    if as_json:
+        emit(_status_document(job, found))
+    return found.exit_code
+
+
+@app.command()
+@command
+def worker(
+    job_uri: JobUri,
+    usd_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="This worker's price; default: the job's.")
+    ] = None,
+    index: Annotated[
+        int | None, typer.Option(min=0, help="The batch service's number of this worker: where to start.")
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Claim shards and run them until none is left: what a container runs."""
+    from batchinfer.jobs.worker import run_worker
+
+    code = run_worker(job_uri, usd_per_hour=usd_per_hour, index=index)
+    if as_json:
+        emit({"uri": job_uri, "exit_code": code})
+    return code
+
+
+@app.command()
+@command
+def status(
+    job_uri: JobUri,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the job until it is over.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Where a job stands: rows, failures, tokens, spend, workers."""
+    from batchinfer.jobs.job import Job
+    from batchinfer.jobs.live import follow
+    from batchinfer.jobs.view import bill_lines, status_lines
+
+    job = Job(job_uri)
+    if watch:
+        found = follow(job)
+    else:
+        found = job.status()
+        for line in status_lines(found):
+            say(line)
+    for line in bill_lines(job.bill()):
+        say(line)
+    if as_json:
+        emit(_status_document(job, found))
+    return found.exit_code if watch else 0
+
+
+@app.command()
+@command
+def results(
+    job_uri: JobUri,
+    format: Annotated[
+        str | None,
+        typer.Option(help="table, jsonl or parquet; default: by the name of --output, or table."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=0, help="Rows at most; default: 20 of a table, else all.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="A file to write instead of stdout.")] = None,
+    failures: Annotated[bool, typer.Option("--failures", help="Failed rows instead of answers.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The rows of a job's committed shards, in the order of the input."""
+    from batchinfer.jobs.job import Job
+    from batchinfer.jobs.results import json_rows, rows_of, show_table, write_file
+
+    form = format or {".jsonl": "jsonl", ".parquet": "parquet"}.get(
+        output.suffix if output else "", "table"
+    )
+    if form not in ("table", "jsonl", "parquet"):
+        raise typer.BadParameter(
+            f"{form} is no format: choose table, jsonl or parquet", param_hint="--format"
+        )
+    if (form == "parquet") > (output is not None) or (form == "table" and output is not None):
+        wanted = "Parquet needs a file" if form == "parquet" else "a file is jsonl or parquet"
+        raise typer.BadParameter(f"{wanted}: give --output FILE.{form.replace('table', 'jsonl')}")
+    job = Job(job_uri)
+    if limit is None and output is None and (form == "table" or as_json):
+        limit = 20
+    schema, batches = rows_of(job, failures, limit)
+    if output is not None:
+        count = write_file(output, form, schema, batches)
+        say(f"{count:,} rows are in {output}")
+        if as_json:
+            emit({"uri": job.uri, "output": str(output), "format": form, "rows": count})
+    elif as_json:
+        emit({"uri": job.uri, "rows": [json.loads(line) for line in json_rows(batches)]})
+    elif form == "jsonl":
+        for line in json_rows(batches):
+            print(line)
+    else:
+        show_table(schema, batches)
+
+
+@app.command()
+@command
+def cancel(job_uri: JobUri, as_json: AsJson = False) -> None:
+    """Ask a job's workers to stop; what is done is kept, and `submit` goes on from there."""
+    from batchinfer.jobs.job import Job
+
+    job = Job(job_uri)
+    job.cancel()
+    say("The job is cancelled: its workers save what they have and leave within a minute.")
+    if as_json:
+        emit({"uri": job.uri, "cancelled": True})
+
+
+@app.command()
+@command
+def schema(as_json: AsJson = False) -> None:
+    """The job spec's JSON Schema."""
+    from batchinfer.jobs.spec import JobSpec
+
+    document = JobSpec.model_json_schema()
+    if as_json:
+        emit(document)
+    else:
+        print(json.dumps(document, indent=2))
+
+
+def _status_document(job: Job, status: JobStatus) -> dict[str, Any]:
+    """The status and the bill as one document."""
+    from batchinfer.jobs.cost import summary
+    from batchinfer.jobs.status import status_values
+
+    return {
+        **status_values(status),
+        "bill": json.loads(summary(job.bill(), status.shards, job.record.spec["sampling"]["n"])),
+    }
+
+
+def main() -> None:
+    """Run the command line; leaves with the exit code."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

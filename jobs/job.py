@@ -1,0 +1,102 @@
+"""A submitted job, as Python sees it: its address, where it stands, and its rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset
+
+from batchinfer.connectors.inputs import ObjectFile
+from batchinfer.connectors.storage import normalize_uri, open_store
+from batchinfer.jobs.cost import Settlement
+from batchinfer.jobs.folder import JobFolder, ShardName
+from batchinfer.jobs.records import FAILURES_SCHEMA, JobRecord
+from batchinfer.jobs.status import JobStatus, StatusReader
+from batchinfer.jobs.types import JobError
+
+POLL_SECONDS = 2.0
+_PARALLEL_READS = 16
+
+
+class Job:
+    """The job at ``uri``, its ``output.uri``.
+
+    ``storage`` holds settings of stores by URI prefix, as in a job spec; without it they come from the
+    environment. ``before`` are workers of an earlier submit, whose end says nothing of this one.
+    """
+
+    def __init__(
+        self, uri: str, storage: Mapping[str, Mapping[str, Any]] | None = None, before: Collection[str] = ()
+    ) -> None:
+        """Open the job. Raises JobError where there is none, StorageError where the store refuses."""
+        self.uri = normalize_uri(uri)
+        self._folder = JobFolder(open_store(self.uri, storage))
+        self._status = StatusReader(self._folder, before)
+
+    def __repr__(self) -> str:
+        return f"Job({self.uri!r})"
+
+    @property
+    def record(self) -> JobRecord:
+        """What was submitted."""
+        return self._status.record
+
+    def status(self) -> JobStatus:
+        """Where the job stands now."""
+        return self._status.read()
+
+    def bill(self) -> Settlement:
+        """What the job has cost so far, and for what."""
+        return self._status.settlement()
+
+    def wait(self, on_status: Callable[[JobStatus], None] | None = None) -> JobStatus:
+        """Wait until the job is done; ``on_status`` is called with every status on the way.
+
+        Raises JobError, saying why, where it was cancelled, failed, or has no worker left.
+        """
+        while True:
+            status = self.status()
+            if on_status is not None:
+                on_status(status)
+            if status.over:
+                break
+            time.sleep(POLL_SECONDS)
+        if status.state != "done":
+            raise JobError(f"the job at {self.uri} is {status.state}: {status.message}")
+        return status
+
+    def cancel(self) -> None:
+        """Ask all workers to stop; what is done is kept, and submitting again goes on from there."""
+        self._folder.append_control(lambda control: replace(control, state="cancel"))
+
+    def dataset(self) -> pyarrow.dataset.Dataset:
+        """The rows of committed parts, in the order of the input, as a pyarrow dataset."""
+        shards = sorted(self._folder.committed())
+        format = pyarrow.dataset.ParquetFileFormat()
+
+        def fragment(shard: ShardName) -> pyarrow.dataset.Fragment:
+            file = ObjectFile(self._folder.store, shard.part)
+            return format.make_fragment(pa.PythonFile(file, mode="r"))
+
+        with ThreadPoolExecutor(_PARALLEL_READS) as pool:
+            fragments = list(pool.map(fragment, shards))
+        return pyarrow.dataset.FileSystemDataset(fragments, self.record.schema, format)
+
+    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of committed parts, in the order of the input, in memory."""
+        return self.dataset().to_table(columns=None if columns is None else list(columns))
+
+    def failures(self) -> pa.Table:
+        """The rows of committed parts that can't be answered: row_index, code, message, attempts, input."""
+        rows = []
+        for shard in sorted(self._folder.committed()):
+            nonce = self._folder.read_footer(shard).failures
+            if nonce is not None:
+                rows += self._folder.read_failures(shard, nonce)
+        columns = {name: [getattr(row, name) for row in rows] for name in FAILURES_SCHEMA.names}
+        return pa.table(columns, schema=FAILURES_SCHEMA)

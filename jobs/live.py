@@ -1,0 +1,79 @@
+"""A job followed until it is over: a live view on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from batchinfer.jobs.backends.local import LocalWorkers
+from batchinfer.jobs.job import Job
+from batchinfer.jobs.status import JobStatus
+from batchinfer.jobs.view import status_line, status_lines
+
+REFRESH_SECONDS = 1.0
+LINE_SECONDS = 10.0
+
+
+def follow(job: Job, workers: LocalWorkers | None = None) -> JobStatus:
+    """Show where the job stands, on stderr, until it is over; returns the last status.
+
+    With ``workers`` it is over when they have ended: what became of them says more than their
+    heartbeats do.
+    """
+    running = workers.running if workers is not None and workers.processes else None
+    if sys.stderr.isatty():
+        with Live(console=Console(stderr=True), auto_refresh=False) as live:
+
+            def show(status: JobStatus) -> None:
+                live.update(Text("\n".join(status_lines(status))), refresh=True)
+
+            status = _until_over(job, running, show)
+    else:
+        status = _until_over(job, running, _Lines().show)
+        print(status_line(status), file=sys.stderr, flush=True)
+    return status if workers is None else _with_last_words(status, workers)
+
+
+def _with_last_words(status: JobStatus, workers: LocalWorkers) -> JobStatus:
+    """The status of a job that its workers left undone, without a word about it in the folder."""
+    if status.state in ("done", "failed", "cancelled"):
+        return status
+    ended = {process.returncode: log for process, log in zip(workers.processes, workers.logs, strict=True)}
+    code = next((code for code in (78, 70, 77, 75) if code in ended), None)
+    if code is None:
+        return status
+    message = f"a worker ended with exit code {code}, and {ended[code]} says why; submit again to go on"
+    return replace(status, state="failed" if code != 75 else "stalled", message=message, exit_code=code)
+
+
+class _Lines:
+    """Prints a status as a line when it is news, and not too often."""
+
+    def __init__(self) -> None:
+        self._last = ""
+        self._at = float("-inf")
+
+    def show(self, status: JobStatus) -> None:
+        line = status_line(status)
+        if line != self._last and time.monotonic() - self._at >= LINE_SECONDS:
+            print(line, file=sys.stderr, flush=True)
+            self._last, self._at = line, time.monotonic()
+
+
+def _until_over(
+    job: Job, running: Callable[[], bool] | None, show: Callable[[JobStatus], None]
+) -> JobStatus:
+    while True:
+        # Asked first: workers that end in between have written their last words by the time we read.
+        more = running() if running is not None else None
+        status = job.status()
+        show(status)
+        if status.over if more is None else not more:
+            return status
+        time.sleep(REFRESH_SECONDS)

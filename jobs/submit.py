@@ -1,0 +1,148 @@
+"""Submit: check everything, plan, commit the job, and start its workers; or resume what is there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from batchinfer.connectors.storage import open_store, probe
+from batchinfer.connectors.types import ObjectStore
+from batchinfer.jobs.backends.local import LocalWorkers
+from batchinfer.jobs.backends.local import start_workers as start_local_workers
+from batchinfer.jobs.folder import JobFolder, new_nonce
+from batchinfer.jobs.identity import check_same_input, check_same_job, check_same_model
+from batchinfer.jobs.inspection import inspect_model
+from batchinfer.jobs.job import Job
+from batchinfer.jobs.plan import Plan, find_input, make_plan
+from batchinfer.jobs.records import Control, JobRecord
+from batchinfer.jobs.spec import JobSpec, parse_spec
+from batchinfer.jobs.spec_source import load_spec, located
+from batchinfer.jobs.status import runs_here
+from batchinfer.jobs.types import JobError
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """A job that is in its folder: ``plan`` is None where it was there before; ``complete`` where nothing
+    is left to do."""
+
+    spec: JobSpec
+    job: Job
+    plan: Plan | None
+    complete: bool
+
+
+def submit(spec: str | Path | Mapping[str, Any] | JobSpec, overrides: Sequence[str] = ()) -> Job:
+    """Submit a job, or resume it, and start its workers, which outlive this process.
+
+    ``spec`` is a file, a URI, a mapping or a JobSpec; ``overrides`` are ``a.b=value``. Raises JobError,
+    ModelError or StorageError, one sentence each, before anything is spent.
+    """
+    submitted = commit_job(load_spec(spec, overrides))
+    if not submitted.complete:
+        start_workers(submitted, attached=False)
+    return submitted.job
+
+
+def start_workers(submitted: Submitted, attached: bool) -> LocalWorkers:
+    """Start the workers that the spec asks for, less those of this job that run on this machine already.
+
+    Attached ones end with this process, others outlive it.
+    """
+    spec, workers = submitted.spec, submitted.spec.workers
+    there = sum(runs_here(record) is True for record in submitted.job.status().workers)
+    return start_local_workers(
+        submitted.job.uri,
+        max(0, workers.count - there),
+        workers.gpus,
+        spec.storage_options(),
+        attached,
+        workers.cpus,
+    )
+
+
+def commit_job(spec: JobSpec) -> Submitted:
+    """Put the job into its folder, or find it there; starts nothing.
+
+    Raises JobError where the folder holds another job or something else, and for everything that
+    ``make_plan`` sees.
+    """
+    spec = located(spec)
+    store = open_store(spec.output.uri, spec.storage_options())
+    folder = JobFolder(store)
+    record, plan = folder.read_job(), None
+    if record is None:
+        _check_empty(store)
+        probe(store)
+        plan = make_plan(spec)
+        if not _create(folder, plan):
+            plan = None  # somebody else submitted meanwhile: is it the same job?
+        record = folder.read_job()
+        assert record is not None
+    complete = len(folder.committed()) >= record.shards
+    if plan is None:
+        _check_same(folder, record, spec, complete)
+        _append_changes(folder, record, spec)
+    before = {worker.worker for worker, _ in folder.read_workers()}
+    return Submitted(spec, Job(folder.uri, spec.storage_options(), before), plan, complete)
+
+
+def _create(folder: JobFolder, plan: Plan) -> bool:
+    """Store the plan, then the record that names it: the commit of the submit."""
+    name = folder.write_plan(list(plan.shards))
+    return folder.create_job(
+        JobRecord(
+            spec=plan.spec.model_dump(mode="json"),
+            schema=plan.schema,
+            input_schema=plan.input_schema,
+            fingerprint=plan.fingerprint,
+            plan=name,
+            shards=len(plan.shards),
+            rows=plan.rows,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            nonce=new_nonce(),
+        )
+    )
+
+
+def _check_empty(store: ObjectStore) -> None:
+    """Whatever reads the job's folder must find its answers and nothing else."""
+    for info in store.list(""):
+        if info.key.endswith((".parquet", ".parq", ".pq")):
+            raise JobError(
+                f"output.uri is {store.root}, but {info.key} is there already and no job: choose an "
+                "empty folder, so that readers of the folder see this job's rows only"
+            )
+
+
+def _check_same(folder: JobFolder, record: JobRecord, spec: JobSpec, complete: bool) -> None:
+    """Refuse to resume a job that is not the same; one that is complete needs its input no more."""
+    check_same_job(folder.uri, parse_spec(record.spec, f"the job in {folder.uri}"), spec)
+    if complete:
+        return
+    planned = [split.file for shard in folder.read_plan(record.plan) for split in shard.splits]
+    check_same_input(folder.uri, planned, find_input(spec))
+    check_same_model(folder.uri, record.fingerprint, inspect_model(spec).fingerprint, spec.model.source)
+
+
+def _append_changes(folder: JobFolder, record: JobRecord, spec: JobSpec) -> None:
+    """Say what may change between submits: go on after a cancel, workers and price."""
+    stored = parse_spec(record.spec)
+    current = folder.read_control()
+    wanted = replace(
+        current,
+        state="run",
+        workers=spec.workers.count if spec.workers.count != stored.workers.count else None,
+        usd_per_hour=spec.price.usd_per_hour if spec.price != stored.price else None,
+    )
+    if wanted != current:
+
+        def change(latest: Control) -> Control:
+            return replace(
+                latest, state=wanted.state, workers=wanted.workers, usd_per_hour=wanted.usd_per_hour
+            )
+
+        folder.append_control(change)
