@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import s3_server
@@ -54,3 +58,14 @@ def s3_moto(moto_server: s3_server.S3Server, monkeypatch: pytest.MonkeyPatch) ->
 def s3_seaweed(seaweed_server: s3_server.S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Bucket:
     """A fresh bucket on SeaweedFS, with the environment set for it."""
     return _bucket(seaweed_server, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def fakes() -> ModuleType:
+    """The module fake_runner: a runner, a tokenizer and a clock for engines without a model."""
+    spec = importlib.util.spec_from_file_location("fake_runner", Path(__file__).with_name("fake_runner.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["fake_runner"] = module
+    spec.loader.exec_module(module)
+    return module
