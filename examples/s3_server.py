@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -106,7 +107,7 @@ def _beside_python(name: str) -> Path:
 def _free_ports(count: int) -> list[int]:
     """Loopback ports that are free now, below 32768: SeaweedFS can't use those above."""
     ports: list[int] = []
-    candidate = 20000 + os.getpid() % 10000
+    candidate = random.randrange(20000, 32000)
     while len(ports) < count:
         candidate += 1
         with closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:

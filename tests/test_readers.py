@@ -722,8 +722,13 @@ def test_a_file_changed_while_it_is_read_is_refused(tmp_path: Path) -> None:
         list(rows)
 
 
+@pytest.mark.parametrize("reads", [0, 3])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(StorageError("the store failed"), "the store failed"), (FileNotFoundError("deleted"), "gone since")],
+)
 def test_a_failing_store_is_no_unreadable_row_group(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, message: str, reads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pq.write_table(TABLE, tmp_path / "a.parquet", row_group_size=100)
     plan = scan(tmp_path)
@@ -732,12 +737,12 @@ def test_a_failing_store_is_no_unreadable_row_group(
 
     class Failing(_Counted):
         def get_range(self, key: str, start: int, stop: int) -> bytes:
-            if self.requests > 3:
-                raise StorageError("the store failed")
+            if self.requests >= reads:
+                raise error
             return super().get_range(key, start, stop)
 
     monkeypatch.setattr(
         "batchinfer.connectors.inputs.open_store", lambda *arguments: Failing(real(*arguments))
     )
-    with pytest.raises(StorageError, match="the store failed"):
+    with pytest.raises(StorageError, match=message):
         list(read_split(split, plan.schema))
