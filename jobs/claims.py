@@ -30,10 +30,15 @@ class Lease:
 @dataclass(slots=True)
 class Survey:
     """What a look at the folder showed: how many shards are committed, and which may be claimed, each
-    with the generation to create."""
+    with the generation to create.
+
+    ``free`` ones have no owner, so the create alone decides who gets them, however old the survey.
+    ``stale`` ones had an owner that was silent for too long: true only at the time of the survey.
+    """
 
     committed: int
-    open: deque[tuple[ShardName, int]]
+    free: deque[tuple[ShardName, int]]
+    stale: deque[tuple[ShardName, int]]
 
 
 class Claims:
@@ -61,7 +66,6 @@ class Claims:
         start = _start(len(shards), worker, hint)
         self._shards = [*shards[start:], *shards[:start]]
         self._survey: Survey | None = None
-        self._lost_in_a_row = 0
 
     def claim(self, held: Collection[ShardName]) -> Lease | None:
         """A lease on some shard that is not committed, not in ``held``, and free, released or stale.
@@ -69,18 +73,18 @@ class Claims:
         None when there is none: every shard is committed, or leased by a worker that may be alive.
         """
         if self._survey is not None:
-            lease = self._claim_from(self._survey, held)
+            lease = self._claim_from(self._survey.free, held)
             if lease is not None:
                 return lease
         self._survey = self.survey(held)
-        return self._claim_from(self._survey, held)
+        return self._claim_from(self._survey.free, held) or self._claim_from(self._survey.stale, held)
 
     def all_committed(self) -> bool:
         """Whether the last look at the folder found every shard committed."""
         return self._survey is not None and self._survey.committed == len(self._shards)
 
     def survey(self, held: Collection[ShardName]) -> Survey:
-        """Look at the folder: free and released shards first, stale ones after them."""
+        """Look at the folder."""
         now = self._now()
         claims = self._folder.list_claims()
         committed = self._folder.committed()
@@ -100,7 +104,7 @@ class Claims:
                     stale.append((shard, last + 1))
                 elif self._folder.read_claim(shard, last).released:
                     free.append((shard, last + 1))
-        return Survey(done, free + stale)
+        return Survey(done, free, stale)
 
     def renew(self, lease: Lease) -> bool:
         """Rewrite our generation; False when there is a newer one, so the shard is somebody else's."""
@@ -119,22 +123,23 @@ class Claims:
         """Give the shard up before its lease goes stale; nobody may renew it any more."""
         self._folder.rewrite_claim(lease.shard, lease.generation, replace(lease.claim, released=True))
 
-    def _claim_from(self, survey: Survey, held: Collection[ShardName]) -> Lease | None:
-        while survey.open and self._lost_in_a_row < _LOST_IN_A_ROW:
-            shard, generation = survey.open.popleft()
+    def _claim_from(
+        self, candidates: deque[tuple[ShardName, int]], held: Collection[ShardName]
+    ) -> Lease | None:
+        lost_in_a_row = 0
+        while candidates and lost_in_a_row < _LOST_IN_A_ROW:
+            shard, generation = candidates.popleft()
             if shard in held:
                 continue
             claim = Claim(worker=self._worker, nonce=new_nonce())
             if not self._folder.create_claim(shard, generation, claim):
-                self._lost_in_a_row += 1
-                continue
-            self._lost_in_a_row = 0
+                lost_in_a_row += 1
             # Its last owner may have committed it between our look and our claim.
-            if not self._folder.is_committed(shard):
+            elif not self._folder.is_committed(shard):
                 return Lease(shard, generation, claim)
-        # Others claim what we are about to: look again before trying further.
-        self._lost_in_a_row = 0
-        survey.open.clear()
+        if lost_in_a_row:
+            # Others claim what we are about to: look again before trying further.
+            candidates.clear()
         return None
 
 

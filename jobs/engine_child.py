@@ -138,11 +138,11 @@ def serve(connection: Connection, engine: ServedEngine) -> None:
                     engine.drop(row)
                 connection.send(Dropped(message.rows, _spent(engine)))
             elif isinstance(message, Snapshot):
-                connection.send(_inflight(engine))
+                connection.send(_inflight(engine, final=False))
             elif isinstance(message, Stop):
                 finished += engine.settle()
                 connection.send(Results(tuple(finished), _spent(engine)))
-                connection.send(_inflight(engine))
+                connection.send(_inflight(engine, final=True))
                 return
         finished += engine.step()
         since = time.perf_counter_ns() - reported
@@ -157,9 +157,9 @@ def _spent(engine: ServedEngine) -> Spent:
     return Spent(account.rows_ns, account.waste_ns, account.accounted_until_ns)
 
 
-def _inflight(engine: ServedEngine) -> Inflight:
+def _inflight(engine: ServedEngine, final: bool) -> Inflight:
     samples = tuple((SampleKey(row, sample), decoded) for row, sample, decoded in engine.in_flight())
-    return Inflight(samples, _spent(engine))
+    return Inflight(samples, _spent(engine), final)
 
 
 def _engine(load: Load) -> ServedEngine:

@@ -71,10 +71,12 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Inflight:
-    """From the engine: every unfinished sample with what is decoded of it, those resumed included."""
+    """From the engine: every unfinished sample with what is decoded of it, those resumed included.
+    ``final`` when it answers Stop: the engine's last word."""
 
     samples: tuple[tuple[SampleKey, Decoded], ...]
     spent: Spent
+    final: bool
 
 
 @dataclass(frozen=True, slots=True)

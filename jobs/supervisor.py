@@ -239,7 +239,8 @@ class Supervisor:
                     for message in self._take_inbox():
                         if isinstance(message, Results | Dropped | Inflight):
                             self._take_in(message)
-                        last_word = last_word or isinstance(message, Ended)
+                        final = isinstance(message, Inflight) and message.final
+                        last_word = last_word or final or isinstance(message, Ended)
                     if not last_word:
                         bench.changed.wait(left / 1e9)
         link.kill()

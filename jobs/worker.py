@@ -55,6 +55,8 @@ def run_worker(job_uri: str, usd_per_hour: float | None = None, index: int | Non
     """
     started_ns = process_started_ns()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(EXIT_RETRY))  # nothing is there to be saved yet
     try:
         return _run(job_uri, usd_per_hour, index, started_ns)
     except TransientStorageError as error:

@@ -609,7 +609,7 @@ class SimEngine:
                     key = SampleKey(sample.request.index, sample.sample)
                     decoded = Decoded(tuple(sample.tokens), tuple(sample.token_ns), sample.prefill_ns)
                     samples.append((key, decoded))
-                self._deliver(Inflight(tuple(samples), self._spent()))
+                self._deliver(Inflight(tuple(samples), self._spent(), isinstance(message, Stop)))
                 if isinstance(message, Stop):
                     return False
                 assert isinstance(message, Snapshot)

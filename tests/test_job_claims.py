@@ -1,0 +1,228 @@
+"""Leases and progress on a plain store: who may claim, when, and what a claimant goes on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from batchinfer.connectors.types import ObjectInfo
+from batchinfer.engine.types import Completion, Decoded
+from batchinfer.jobs.claims import Claims
+from batchinfer.jobs.folder import JobFolder, ShardName
+from batchinfer.jobs.progress import ProgressWriter, delete_progress, read_progress
+from batchinfer.jobs.records import Failure
+from batchinfer.jobs.samples import Charge, Finished, Partial, SampleKey
+
+
+class TimedStore:
+    """Objects and the store's time, which a test sets."""
+
+    root = "memory://job"
+
+    def __init__(self) -> None:
+        self.objects: dict[str, tuple[bytes, float]] = {}
+        self.time = 1000.0
+        self.calls: list[str] = []
+
+    def create_exclusive(self, key: str, data: bytes | Path) -> bool:
+        self.calls.append(f"create {key}")
+        if key in self.objects:
+            return False
+        self.put(key, data)
+        return True
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        self.objects[key] = (data if isinstance(data, bytes) else data.read_bytes(), self.time)
+
+    def get(self, key: str) -> bytes:
+        return self._object(key)[0]
+
+    def get_range(self, key: str, start: int, stop: int) -> bytes:
+        return self.get(key)[start:stop]
+
+    def head(self, key: str) -> ObjectInfo:
+        data, modified = self._object(key)
+        return ObjectInfo(key, len(data), "", modified)
+
+    def list(self, prefix: str) -> list[ObjectInfo]:
+        self.calls.append(f"list {prefix}")
+        return [self.head(key) for key in sorted(self.objects) if key.startswith(prefix)]
+
+    def delete(self, key: str) -> None:
+        self.objects.pop(key, None)
+
+    def _object(self, key: str) -> tuple[bytes, float]:
+        if key not in self.objects:
+            raise FileNotFoundError(key)
+        return self.objects[key]
+
+
+NAMES = [ShardName(0, index, 4) for index in range(4)]
+
+
+@pytest.fixture
+def store() -> TimedStore:
+    return TimedStore()
+
+
+def claims_of(store: TimedStore, worker: str, hint: int | None = 0) -> Claims:
+    return Claims(JobFolder(store), NAMES, worker, lambda: store.time, hint=hint)
+
+
+def test_a_shard_has_one_owner_until_the_lease_is_stale_or_released(store: TimedStore) -> None:
+    first, second = claims_of(store, "a"), claims_of(store, "b")
+    leases = [first.claim([]) for _ in NAMES]
+    assert sorted(lease.shard for lease in leases if lease) == NAMES
+    assert first.claim([]) is None and second.claim([]) is None
+    assert not second.all_committed()
+    store.time += 59
+    assert second.claim([]) is None
+    assert leases[1] is not None and first.renew(leases[1])
+    store.time += 2
+    taken = [second.claim([]) for _ in range(4)]
+    assert {lease.shard for lease in taken if lease} == {*NAMES} - {leases[1].shard}
+    assert {lease.generation for lease in taken if lease} == {2}
+    assert leases[0] is not None and not first.renew(leases[0]), "a zombie sees that it is one"
+    first.release(leases[1])
+    again = second.claim([])
+    assert again is not None and (again.shard, again.generation) == (leases[1].shard, 2)
+
+
+def test_a_stale_lease_is_judged_by_a_fresh_look_only(store: TimedStore) -> None:
+    first, second = claims_of(store, "a"), claims_of(store, "b")
+    leases = [first.claim([]) for _ in NAMES]
+    store.time += 61
+    assert second.claim([]) is not None
+    # The other leases were stale as well, but their owner is back since.
+    for lease in leases:
+        assert lease is not None
+        first.renew(lease)
+    assert second.claim([]) is None
+
+
+def test_a_committed_shard_is_never_claimed(store: TimedStore) -> None:
+    claims = claims_of(store, "a")
+    for name in NAMES[:3]:
+        store.put(name.part, b"x")
+    lease = claims.claim([])
+    assert lease is not None and lease.shard == NAMES[3]
+    assert claims.claim([lease.shard]) is None
+    assert not claims.all_committed()
+    store.put(NAMES[3].part, b"x")
+    assert claims.claim([]) is None and claims.all_committed()
+
+
+def test_a_shard_committed_after_the_look_is_passed_over(store: TimedStore) -> None:
+    claims = claims_of(store, "a")
+    first = claims.claim([])
+    assert first is not None
+    others = [name for name in NAMES if name != first.shard]
+    for name in others[:2]:
+        store.put(name.part, b"x")
+    lease = claims.claim([first.shard])
+    assert lease is not None and lease.shard == others[2]
+
+
+def test_hints_start_at_different_shards(store: TimedStore) -> None:
+    shards = [ShardName(0, index, 1000) for index in range(1000)]
+    starts = set()
+    for hint in range(20):
+        claims = Claims(JobFolder(TimedStore()), shards, "w", lambda: 0.0, hint=hint)
+        lease = claims.claim([])
+        assert lease is not None
+        starts.add(lease.shard.index // 25)
+    assert len(starts) == 20
+
+
+def test_one_look_serves_many_claims(store: TimedStore) -> None:
+    claims = claims_of(store, "a")
+    for _ in NAMES:
+        claims.claim([])
+    assert store.calls.count("list _batchinfer/claims/") == 1
+
+
+# -- progress ---------------------------------------------------------------------------------------
+
+
+def done(row: int, sample: int = 0, text: str = "x") -> Finished:
+    completion = Completion(
+        index=row,
+        sample_index=sample,
+        text=text,
+        token_ids=(1,),
+        finish_reason="stop",
+        prompt_tokens=1,
+        cached_tokens=0,
+        prefill_ns=2,
+        token_ns=(3,),
+    )
+    return Finished(completion, (Charge("w", None, 2, 3, 1),))
+
+
+def partial(tokens: int) -> Partial:
+    return Partial(Decoded((7,) * tokens, (1,) * tokens, 5), (Charge("w", None, 5, tokens, tokens),))
+
+
+def test_progress_is_the_union_over_workers_and_generations(store: TimedStore) -> None:
+    folder, shard = JobFolder(store), NAMES[0]
+    a, b = ProgressWriter(folder, shard, "a"), ProgressWriter(folder, shard, "b")
+    a.write([done(1)], [], {SampleKey(2, 0): partial(2), SampleKey(3, 0): partial(1)})
+    b.write([done(4)], [Failure(5, "too_long", "it is")], {SampleKey(2, 0): partial(6)})
+    a.write([done(3)], [], {SampleKey(2, 0): partial(4)})
+    found = read_progress(folder, shard)
+    assert found is not None
+    assert set(found.samples) == {SampleKey(1, 0), SampleKey(3, 0), SampleKey(4, 0)}
+    assert found.partials == {SampleKey(2, 0): partial(6)}
+    assert found.failures[5].code == "too_long"
+    # What was in flight in an earlier object of the same worker is replaced by the later one.
+    inflight = [item for item in folder.list_progress(shard) if item.inflight]
+    assert [(item.worker, item.sequence) for item in inflight] == [("a", 1), ("b", 0)]
+
+
+def test_a_worker_that_comes_back_never_rewrites_its_progress(store: TimedStore) -> None:
+    folder, shard = JobFolder(store), NAMES[0]
+    ProgressWriter(folder, shard, "a").write([done(1)], [], {})
+    ProgressWriter(folder, shard, "a").write([done(2)], [], {})
+    found = read_progress(folder, shard)
+    assert found is not None and set(found.samples) == {SampleKey(1, 0), SampleKey(2, 0)}
+
+
+def test_the_first_copy_of_a_row_counts(store: TimedStore) -> None:
+    folder, shard = JobFolder(store), NAMES[0]
+    ProgressWriter(folder, shard, "a").write([done(1, text="same")], [], {})
+    ProgressWriter(folder, shard, "b").write([done(1, text="same")], [], {})
+    found = read_progress(folder, shard)
+    assert found is not None and list(found.samples) == [SampleKey(1, 0)]
+
+
+def test_progress_deleted_under_a_reader_means_look_for_the_part(store: TimedStore) -> None:
+    folder, shard = JobFolder(store), NAMES[0]
+    writer = ProgressWriter(folder, shard, "a")
+    writer.write([done(1)], [], {SampleKey(2, 0): partial(2)})
+    get = store.get
+
+    def get_after_commit(key: str) -> bytes:
+        store.put(shard.part, b"x")
+        delete_progress(JobFolder(store), shard)
+        return get(key)
+
+    store.get = get_after_commit  # type: ignore[method-assign]
+    assert read_progress(folder, shard) is None
+
+
+def test_an_object_replaced_under_a_reader_is_read_anew(store: TimedStore) -> None:
+    folder, shard = JobFolder(store), NAMES[0]
+    writer = ProgressWriter(folder, shard, "a")
+    writer.write([], [], {SampleKey(2, 0): partial(2)})
+    get, times = store.get, [1]
+
+    def get_after_flush(key: str) -> bytes:
+        if times:
+            times.clear()
+            writer.write([], [], {SampleKey(2, 0): partial(5)})
+        return get(key)
+
+    store.get = get_after_flush  # type: ignore[method-assign]
+    found = read_progress(folder, shard)
+    assert found is not None and found.partials == {SampleKey(2, 0): partial(5)}
