@@ -23,6 +23,7 @@ SnapshotState = Literal["none", "wanted", "asked"]
 
 OPEN_SHARDS = 2
 SNAPSHOT_NS = 60_000_000_000
+QUEUE_BYTES = 64 << 20
 
 
 class Bench:
@@ -50,6 +51,7 @@ class Bench:
         self.engine_ready = False
         self.snapshot: SnapshotState = "none"
         self._read_ahead = read_ahead
+        self._queue_bytes = 0
         self._clock = clock
         self._worker = worker
         self._usd_per_hour = usd_per_hour
@@ -70,7 +72,7 @@ class Bench:
         """Wait until another shard may be opened: False when the worker stops."""
         with self.changed:
             while self.stop is None:
-                if len(self.open) < OPEN_SHARDS and len(self.queue) < self._read_ahead:
+                if len(self.open) < OPEN_SHARDS and self._queue_has_room():
                     return True
                 self.changed.wait()
             return False
@@ -100,11 +102,12 @@ class Bench:
         with self.changed:
             for failure in failures:
                 shard.fail(failure)
-            while self.stop is None and shard.lease is not None and len(self.queue) >= self._read_ahead:
+            while self.stop is None and shard.lease is not None and not self._queue_has_room():
                 self.changed.wait()
             if self.stop is not None or shard.lease is None:
                 return False
             self.queue.extend(requests)
+            self._queue_bytes += sum(map(_size, requests))
             shard.inputs.update(inputs)
             self.changed.notify_all()
             return True
@@ -163,6 +166,7 @@ class Bench:
         taken: list[Request] = []
         while self.queue and len(taken) < room:
             request = self.queue.popleft()
+            self._queue_bytes -= _size(request)
             shard = self._shard_of(request.index)
             if shard is not None:
                 self.in_engine[request.index] = (request, shard)
@@ -259,6 +263,7 @@ class Bench:
             shard.sent.clear()
         self.in_engine.clear()
         self.queue.extendleft(reversed(back))
+        self._queue_bytes += sum(map(_size, back))
         self.changed.notify_all()
 
     def update_account(self) -> None:
@@ -282,6 +287,7 @@ class Bench:
                 self.ledger.lose(shard.own_unpublished(self._worker))
                 del self.open[shard.name]
                 self.queue = deque(request for request in self.queue if not shard.has_row(request.index))
+                self._queue_bytes = sum(map(_size, self.queue))
                 self.to_drop += [row for row in self.in_engine if shard.has_row(row)]
                 self.changed.notify_all()
 
@@ -298,10 +304,14 @@ class Bench:
         with self.changed:
             queued = [request.index for request in self.queue]
             assert len(set(queued)) == len(queued)
+            assert self._queue_bytes == sum(map(_size, self.queue))
             assert not set(queued) & self.in_engine.keys()
             for shard in self.open.values():
                 shard.check()
             self.ledger.check(self._clock.now_ns())
+
+    def _queue_has_room(self) -> bool:
+        return len(self.queue) < self._read_ahead and self._queue_bytes < QUEUE_BYTES
 
     def _shard_of(self, row: int) -> OpenShard | None:
         for shard in self.open.values():
@@ -312,3 +322,11 @@ class Bench:
     @staticmethod
     def _wanted(request: Request, shard: OpenShard) -> Iterable[int]:
         return range(shard.n) if request.samples is None else request.samples
+
+
+def _size(request: Request) -> int:
+    """About how many bytes a request's prompt takes."""
+    prompt = request.prompt
+    if isinstance(prompt, str):
+        return len(prompt)
+    return sum(8 if isinstance(part, int) else len(str(part.get("content"))) for part in prompt)

@@ -78,7 +78,7 @@ def _run(job_uri: str, usd_per_hour: float | None, index: int | None, started_ns
     if control.state == "cancel":
         logger.error("the job at %s was cancelled: submit it again to go on", folder.uri)
         return EXIT_STOPPED
-    spec = parse_spec(record.spec, f"{folder.uri}/_batchinfer/job.json")
+    spec = parse_spec(record.spec, f"the job in {folder.uri}")
     work = read_work(folder, record, spec)
     if len(folder.committed()) == len(work.shards):
         return EXIT_DONE

@@ -322,6 +322,7 @@ class Faults:
     error: float = 0.0
     slow: float = 0.0
     crash: float = 0.0
+    hang: float = 0.0
     kill_at: tuple[int, bool] | None = None
     budget: int = 1000
 
@@ -573,10 +574,19 @@ class SimEngine:
         self._deliver(Ready(self._plan.capacity))
         while self._take():
             self._step()
-            if self._plan.engine_crashes():
+            if self._plan.engine_fails(self._plan.faults.crash):
                 self._world.log("the engine dies")
                 break
+            if self._plan.engine_fails(self._plan.faults.hang):
+                self._world.log("the engine hangs")
+                self._hang()
+                break
         self._deliver(Ended("it was killed"))
+
+    def _hang(self) -> None:
+        with self._changed:
+            while not self._killed:
+                self._changed.wait()
 
     def _take(self) -> bool:
         with self._changed:
@@ -709,7 +719,7 @@ class Simulation:
         self.sampling = SamplingParams(n=self.n)
         self.processes: list[Process] = []
         self.supervisors: dict[str, Supervisor] = {}
-        self._crashes_left = 2 if self.faults.crash else 0
+        self._failures_left = 2
         file = InputFile("sim://input", 1, "", "jsonl", "none")
         names = [ShardName(0, index, self.shards) for index in range(self.shards)]
         self.job = {
@@ -721,9 +731,9 @@ class Simulation:
             for name in names
         }
 
-    def engine_crashes(self) -> bool:
-        if self._crashes_left and self.world.chance.random() < self.faults.crash:
-            self._crashes_left -= 1
+    def engine_fails(self, share: float) -> bool:
+        if share and self._failures_left and self.world.chance.random() < share:
+            self._failures_left -= 1
             return True
         return False
 
@@ -803,7 +813,7 @@ class Simulation:
             record,
             process.started_ns,
             lambda deliver: SimEngine(self.world, process, deliver, self),
-            Pace(flush=10.0, read_ahead=self.read_ahead, engine_restarts=3),
+            Pace(flush=10.0, stall=200.0, read_ahead=self.read_ahead, engine_restarts=3),
         )
         self.supervisors[process.name] = supervisor
         code = supervisor.run()
@@ -953,6 +963,7 @@ def from_seed(seed: int) -> Simulation:
         error=chance.choice([0.0, 0.02, 0.1]),
         slow=chance.choice([0.0, 0.05]),
         crash=chance.choice([0.0, 0.0, 0.05]),
+        hang=chance.choice([0.0, 0.0, 0.05]),
         budget=chance.choice([3, 10, 40]),
     )
     return Simulation(

@@ -85,8 +85,8 @@ class JobOnDisk:
         return self.start(**environment).wait(WAIT)
 
     def table(self) -> pa.Table:
-        parts = sorted(Path(self.uri).glob("*.parquet"))
-        return pa.concat_tables([pq.read_table(part) for part in parts])
+        parts = [self.folder.store.get(shard.part) for shard in sorted(self.folder.committed())]
+        return pa.concat_tables([pq.read_table(pa.BufferReader(part)) for part in parts])
 
     def heartbeats(self) -> list[WorkerRecord]:
         return [record for record, _ in self.folder.read_workers()]
@@ -132,8 +132,8 @@ def make_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeJo
     def make(
         rows: int = 40, shard_rows: int = 10, step: float = 0.0, tokens: int = 5, **spec: Any
     ) -> JobOnDisk:
-        source = spec.pop("source", None) or tmp_path / "in.parquet"
-        if not source.exists():
+        source = spec.pop("source", tmp_path / "in.parquet")
+        if isinstance(source, Path) and not source.exists():
             columns = {
                 "id": [f"id {row}" for row in range(rows)],
                 "text": [f"the text of row {row}" for row in range(rows)],
@@ -229,6 +229,26 @@ def test_one_of_two_killed_in_the_middle(make_job: MakeJob) -> None:
     job = make_job(rows=60, step=0.1, tokens=20)
     first, second = job.start(), job.start()
     until(lambda: list(Path(job.uri).glob("_batchinfer/progress/*/*")), "progress")
+    first.kill()
+    assert second.wait(WAIT) == 0
+    job.check()
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("server", ["s3_moto", "s3_seaweed"])
+def test_one_of_two_killed_on_a_bucket(
+    server: str, make_job: MakeJob, request: pytest.FixtureRequest
+) -> None:
+    bucket = request.getfixturevalue(server)
+    source = f"{bucket.uri}/in/data.parquet"
+    table = pa.table({"id": [f"id {row}" for row in range(40)], "text": ["x"] * 40})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, row_group_size=10)
+    open_store(f"{bucket.uri}/in").put("data.parquet", sink.getvalue().to_pybytes())
+    job = make_job(source=source, step=0.1, tokens=20, output={"uri": f"{bucket.uri}/out"})
+    first, second = job.start(), job.start()
+    shards = [ShardName(0, index, job.record.shards) for index in range(job.record.shards)]
+    until(lambda: any(job.folder.list_progress(shard) for shard in shards), "progress")
     first.kill()
     assert second.wait(WAIT) == 0
     job.check()
