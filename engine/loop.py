@@ -247,11 +247,11 @@ class EngineLoop:
         self._waste_ns += int(shares.waste.sum())
         self._count(work)
         for place, scores in result.logprobs.items():
-            if work.useful[place] and (width := sequences[place].sampling.logprobs) is not None:
-                sequences[place].logprobs += _entries(scores, width)
+            width = sequences[place].sampling.logprobs
+            assert width is not None
+            sequences[place].logprobs += _entries(scores, width)
         for place, scores in result.prompt_logprobs.items():
-            if work.useful[place]:
-                _add_prompt_logprobs(sequences[place], int(work.starts[place]) + 1, scores)
+            _add_prompt_logprobs(sequences[place], int(work.starts[place]) + 1, scores)
 
         finished = []
         done = State.DONE

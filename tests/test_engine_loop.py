@@ -400,6 +400,19 @@ def test_the_oldest_is_never_preempted_though_it_has_computed_least(fakes, monke
     assert victims and 0 not in victims
 
 
+def test_no_more_are_preempted_than_what_their_steps_in_flight_will_give_back(fakes, monkeypatch):
+    monkeypatch.setattr("batchinfer.engine.scheduler.peak_blocks", lambda *args: 0)
+    loop, runner = make_loop(
+        fakes, steps_in_flight=2, runner={"block_size": 16, "num_blocks": 4, "max_context": 64}
+    )
+    sampling = SamplingParams(max_tokens=8, ignore_eos=True)
+    # One block each, until the first needs a second one; the others' are being written at that time.
+    requests = [Request(i, (i,) * size, sampling) for i, size in enumerate((15, 3, 2, 1))]
+    items = finish(loop, requests)
+    assert_right(fakes, runner, requests, items)
+    assert loop.stats.preemptions == 1
+
+
 @pytest.mark.parametrize("settle", [False, True])
 def test_a_sequence_preempted_while_its_token_is_in_flight_keeps_the_token(fakes, settle):
     loop, runner = make_thirsty_loop(fakes, steps_in_flight=3)
@@ -529,6 +542,21 @@ def test_idle_is_the_time_that_the_caller_is_away_with_nothing_in_flight(fakes):
         # With a step in flight the device may have worked meanwhile: the time is that step's.
         assert 10**6 * (3 - steps_in_flight) <= loop.stats.idle_ns < 10**6 * 2 + 2000
         assert_conserved(loop, items)
+
+
+def test_work_between_steps_is_not_idle(fakes, monkeypatch):
+    loop, runner = make_loop(fakes)
+
+    def slow_decode(self, ids):
+        runner.clock.now += 10**6
+        return ""
+
+    monkeypatch.setattr(fakes.FakeTokenizer, "decode", slow_decode)
+    items = finish(
+        loop, [Request(i, PROMPT, SamplingParams(max_tokens=i + 1, ignore_eos=True)) for i in range(3)]
+    )
+    assert_conserved(loop, items)
+    assert loop.stats.idle_ns < 1000 and loop.stats.rows_ns > 2 * 10**6
 
 
 def test_waste_is_zero_in_an_undisturbed_run(fakes):
