@@ -65,8 +65,8 @@ def load(config: EngineConfig) -> Loaded:
     spec = model.kv_spec(_KV_DTYPES[dtype if config.kv_dtype == "auto" else config.kv_dtype])
     context = config.max_context or model.max_context
     decoder = _decoder(config, files, model, ops, device, _DTYPES[dtype], min(context, model.max_context))
-    size = _size_cache(config, model, decoder, ops, spec)
     try:
+        size = _size_cache(config, model, decoder, ops, spec)
         kv = ops.allocate_kv(spec, size.num_blocks, device)
     except ValueError as error:
         raise ModelError(f"kv_dtype is {config.kv_dtype!r}: {error}") from error

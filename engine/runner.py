@@ -29,6 +29,23 @@ class _Scores:
     top_ids: torch.Tensor
     top: torch.Tensor
 
+    def rows(self, start: int, end: int, width: int) -> RowLogprobs:
+        """A part of it in numpy."""
+        return RowLogprobs(
+            self.chosen[start:end].numpy(),
+            self.top_ids[start:end, :width].numpy().astype(np.int32),
+            self.top[start:end, :width].numpy(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _SampledScores:
+    """Log-probabilities of the tokens sampled for ``entries``, each with its own ``widths``."""
+
+    entries: npt.NDArray[np.intp]
+    widths: npt.NDArray[np.int64]
+    scores: _Scores
+
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
@@ -39,7 +56,7 @@ class _Outcome:
     indexes: npt.NDArray[np.int64]
     tokens: torch.Tensor
     finite: torch.Tensor
-    logprobs: Mapping[int, _Scores]
+    logprobs: list[_SampledScores]
     prompt_logprobs: Mapping[int, _Scores]
     completed_ns: int
     event: torch.cuda.Event | None
@@ -61,8 +78,15 @@ class _Outcome:
         return StepResult(
             tokens,
             completed_ns,
-            {i: _row_logprobs(scores) for i, scores in self.logprobs.items()},
-            {i: _row_logprobs(scores) for i, scores in self.prompt_logprobs.items()},
+            {
+                int(entry): part.scores.rows(i, i + 1, int(width))
+                for part in self.logprobs
+                for i, (entry, width) in enumerate(zip(part.entries, part.widths, strict=True))
+            },
+            {
+                entry: scores.rows(0, len(scores.chosen), scores.top.shape[1])
+                for entry, scores in self.prompt_logprobs.items()
+            },
         )
 
 
@@ -165,14 +189,14 @@ class TorchRunner:
 
     def _sample(
         self, plan: StepPlan, sampled: npt.NDArray[np.intp], last: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[int, _Scores]]:
+    ) -> tuple[torch.Tensor, torch.Tensor, list[_SampledScores]]:
         """Choose the tokens of the entries ``sampled`` and write them to the token table.
 
         ``last`` [S, H] are the hidden states of each entry's last token. Returns host tensors: tokens
-        and whether the logits were finite, both [len(sampled)], and log-probabilities by entry.
+        and whether the logits were finite, both [len(sampled)], and log-probabilities where asked.
         """
         table = self._rows.tokens
-        logprobs: dict[int, _Scores] = {}
+        logprobs: list[_SampledScores] = []
         tokens, finite = [], []
         for start in range(0, len(sampled), _LOGITS_ROWS):
             entries = sampled[start : start + _LOGITS_ROWS]
@@ -181,20 +205,20 @@ class TorchRunner:
             logits = self._decoder.logits(last[to_device(entries, self._device)])
             finite.append(logits.amax(-1).isfinite())
             wanted = np.flatnonzero(self._logprobs[rows] >= 0)
+            index = to_device(wanted, self._device)
             # The sampler overwrites the logits; log-probabilities are of the raw ones.
-            raw = logits[to_device(wanted, self._device)].log_softmax(-1)
+            raw = logits[index]
             chosen = self._sampler.sample(logits, rows, positions, table)
             table[to_device(rows, self._device).long(), to_device(positions, self._device).long()] = (
                 chosen.int()
             )
             tokens.append(chosen)
-            for place, scores in zip(wanted, raw, strict=True):
-                width = int(self._logprobs[rows[place]])
-                logprobs[int(entries[place])] = self._scores_to_host(
-                    [_scores(scores[None], chosen[place : place + 1], width)]
-                )
+            if len(wanted):
+                widths = self._logprobs[rows[wanted]]
+                scores = self._scores_to_host([_scores(raw, chosen[index], int(widths.max()))])
+                logprobs.append(_SampledScores(entries[wanted], widths, scores))
         if not tokens:
-            return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool), {}
+            return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool), []
         return self._to_host(torch.cat(tokens)), self._to_host(torch.cat(finite)), logprobs
 
     def _score_prompts(self, plan: StepPlan, hidden: torch.Tensor) -> dict[int, _Scores]:
@@ -211,9 +235,9 @@ class TorchRunner:
             parts = []
             for at in range(0, count, _LOGITS_ROWS):
                 stop = min(at + _LOGITS_ROWS, count)
-                scores = self._decoder.logits(hidden[first + at : first + stop]).log_softmax(-1)
+                logits = self._decoder.logits(hidden[first + at : first + stop])
                 chosen = self._rows.tokens[row, start + at + 1 : start + stop + 1].long()
-                parts.append(_scores(scores, chosen, int(self._prompt_logprobs[row])))
+                parts.append(_scores(logits, chosen, int(self._prompt_logprobs[row])))
             found[int(entry)] = self._scores_to_host(parts)
         return found
 
@@ -233,11 +257,8 @@ class TorchRunner:
         return host.copy_(tensor, non_blocking=True)
 
 
-def _scores(logprobs: torch.Tensor, chosen: torch.Tensor, width: int) -> _Scores:
-    """Of the log-probabilities [k, V], those of ``chosen`` [k] and the ``width`` best, on their device."""
-    top = logprobs.topk(width, dim=-1)
-    return _Scores(logprobs.gather(1, chosen[:, None])[:, 0], top.indices, top.values)
-
-
-def _row_logprobs(scores: _Scores) -> RowLogprobs:
-    return RowLogprobs(scores.chosen.numpy(), scores.top_ids.numpy().astype(np.int32), scores.top.numpy())
+def _scores(logits: torch.Tensor, chosen: torch.Tensor, width: int) -> _Scores:
+    """Log-probabilities, by logits [k, V], of ``chosen`` [k] and of the ``width`` best; on their device."""
+    total = logits.logsumexp(-1, keepdim=True)
+    top = logits.topk(width, dim=-1)
+    return _Scores((logits.gather(1, chosen[:, None]) - total)[:, 0], top.indices, top.values - total)

@@ -204,12 +204,29 @@ def test_prompt_logprobs_cover_what_is_inside_the_prompt(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_name_the_request(value: float) -> None:
+def test_one_logit_that_is_not_finite_names_the_request(
+    value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runner = make_runner()
     prompts = {0: ([1, 2, 3], SamplingParams(), 70), 1: ([4, 5], SamplingParams(), 71)}
-    runner._decoder._embeddings[5] = value
+    whole = runner._decoder.logits
+
+    def damaged(hidden: torch.Tensor) -> torch.Tensor:
+        logits = whole(hidden)
+        logits[1, 9] = value
+        return logits
+
+    monkeypatch.setattr(runner._decoder, "logits", damaged)
     handle = runner.launch(plan_of([(0, 3, 0), (1, 2, 0)], new=prompts))
     with pytest.raises(EngineError, match="logits for request 71 are not finite"):
+        handle.result()
+
+
+def test_damaged_weights_are_seen() -> None:
+    runner = make_runner()
+    runner._decoder._embeddings[5] = torch.inf
+    handle = runner.launch(plan_of([(1, 2, 0)], new={1: ([4, 5], SamplingParams(), 7)}))
+    with pytest.raises(EngineError, match="logits for request 7 are not finite"):
         handle.result()
 
 

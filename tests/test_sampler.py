@@ -112,6 +112,15 @@ def test_top_k_keeps_ties() -> None:
     assert torch.isfinite(filtered[0]).nonzero().flatten().tolist() == [1, 2, 3]
 
 
+@pytest.mark.parametrize("params", [{"top_p": 1e-9}, {"top_k": 1}, {"min_p": 1.0}])
+def test_the_best_token_always_stays(params: dict[str, float]) -> None:
+    sampler = make_sampler([SamplingParams(temperature=1.0, **params)], [[1]])
+    logits = torch.randn(1, VOCABULARY)
+    best = int(logits.argmax())
+    sampler._filter(logits, np.array([0], np.int32))
+    assert torch.isfinite(logits[0]).nonzero().flatten().tolist() == [best]
+
+
 PARAMS = st.builds(
     SamplingParams,
     temperature=st.sampled_from([0.0, 1e-6, 0.5, 1.0]),
@@ -181,13 +190,14 @@ def test_logits_are_changed_as_defined(
             self.seen = logits.clone()
             return super().sample(logits, temperature, keys, positions)
 
-    sampler = make_sampler([params], [prompt])
+    # A longer neighbour, whose history reaches over this row's stale tokens.
+    neighbour = SamplingParams(presence_penalty=1.0)
+    sampler = make_sampler([params, neighbour], [prompt, [1]])
     sampler._ops = Recorder()
     sampler._filtered[:] = False
-    history = prompt + output
-    sampler.sample(
-        raw[None].clone(), np.array([0], np.int32), np.array([len(history)], np.int32), table_of([history])
-    )
+    histories = [prompt + output, list(range(30))]
+    positions = np.array([len(history) for history in histories], np.int32)
+    sampler.sample(raw.repeat(2, 1), np.arange(2, dtype=np.int32), positions, table_of(histories))
     torch.testing.assert_close(sampler._ops.seen[0], expected)
 
 
