@@ -1,4 +1,6 @@
 // Paged attention of a mixed step: prefill and decode rows alike, softmax in fp32.
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -22,10 +24,16 @@ struct Call {
     int32_t type, layer, num_heads, window, threads;  // type: of the elements of q and out
 };
 
-// Running softmax of a row: the largest score, the sum of exponentials, and the weighted sum of values.
+// Running softmax of each row: the largest score (times log2 e), the sum of exponentials, the weighted sum of values.
 struct State {
     float *largest, *sum, *values;
-    int stride;
+
+    void clear(int rows, int size) const {
+        std::fill(largest, largest + rows, -INFINITY);
+        std::fill(sum, sum + rows, 0.0f);
+        std::fill(values, values + rows * size, 0.0f);
+    }
+    State from(int row, int size) const { return {largest + row, sum + row, values + row * size}; }
 };
 
 // Memory of one thread, kept between calls.
@@ -41,24 +49,26 @@ struct Scratch {
     }
 };
 
-// Fold the result of one split into a row's state. A split in which the row sees nothing changes nothing.
-inline void fold(float* largest, float* sum, float* values, float largest2, float sum2, const float* values2, int size) {
-    if (largest2 == -INFINITY) return;
-    if (*largest == -INFINITY) {
-        *largest = largest2;
-        *sum = sum2;
-        memcpy(values, values2, size * sizeof(float));
-        return;
+constexpr float LOG2_E = 1.44269504088896341f;
+
+// Fold the results of one split into the states of up to LANES rows. A split in which a row sees nothing changes
+// nothing; one that comes first is taken over as it is.
+inline void fold(int count, const State& state, const float* largest, const float* sums, const float* values, int size) {
+    Floats before = load_up_to(state.largest, count), here = load_up_to(largest, count);
+    Floats both = maximum(before, here);
+    alignas(64) float keep[LANES], add[LANES], most[LANES];
+    store(keep, power_of_two(before - both));
+    store(add, power_of_two(here - both));
+    store(most, both);
+    for (int r = 0; r < count; r++) {
+        if (largest[r] == -INFINITY) continue;
+        state.largest[r] = most[r];
+        state.sum[r] = state.sum[r] * keep[r] + sums[r] * add[r];
+        Floats a = splat(keep[r]), b = splat(add[r]);
+        float* to = state.values + r * size;
+        const float* from = values + r * size;
+        for (int i = 0; i < size; i += LANES) store(to + i, fma(load(to + i), a, load(from + i) * b));
     }
-    float both[LANES] = {};
-    float m = std::max(*largest, largest2);
-    both[0] = *largest - m;
-    both[1] = largest2 - m;
-    store(both, exponential(load(both)));
-    *largest = m;
-    *sum = *sum * both[0] + sum2 * both[1];
-    Floats a = splat(both[0]), b = splat(both[1]);
-    for (int i = 0; i < size; i += LANES) store(values + i, fma(load(values + i), a, load(values2 + i) * b));
 }
 
 template <class P>
@@ -97,11 +107,47 @@ struct Attention {
             }
     }
 
-    // Rows [begin, begin + count) of a tile over one split: their largest scores, sums and values.
+    // Exponentials of a row's scores in blocks [first, last) of a split, where it sees tokens [low, high): returns the
+    // largest score times log2 e.
+    float softmax(float* scores, float* weights, int first, int last, int low, int high, float* sum_of) const {
+        float factor = call.scale * LOG2_E;
+        Floats most = splat(-INFINITY);
+        if (call.soft_cap > 0) {
+            factor = LOG2_E;
+            Floats scale = splat(call.scale / call.soft_cap), cap = splat(call.soft_cap);
+            for (int i = first * BLOCK; i < last * BLOCK; i += LANES)
+                store(scores + i, cap * hyperbolic_tangent(load(scores + i) * scale));
+        }
+        for (int b = first; b < last; b++) {
+            bool whole = low <= b * BLOCK && high >= (b + 1) * BLOCK;
+            for (int i = b * BLOCK; i < (b + 1) * BLOCK; i += LANES) {
+                Floats s = load(scores + i);
+                if (!whole) {
+                    s = within(s, splat(-INFINITY), add_int(iota(), splat_int(i)), low, high);
+                    store(scores + i, s);
+                }
+                most = maximum(most, s);
+            }
+        }
+        float largest_score = largest(most) * factor;
+        Floats base = splat(largest_score == -INFINITY ? 0 : -largest_score), total = splat(0);
+        for (int i = first * BLOCK; i < last * BLOCK; i += LANES) {
+            Floats p = power_of_two(fma(load(scores + i), splat(factor), base));
+            total = total + p;
+            if constexpr (PAIRS)
+                store(reinterpret_cast<BF16*>(weights) + i, p);
+            else
+                store(weights + i, p);
+        }
+        *sum_of = sum(total);
+        return largest_score;
+    }
+
+    // Rows [begin, begin + count) of a tile over one split: their largest scores, sums and values, to part.
     void split_rows(const Tile& tile, int head, int split, const float* rows, int begin, int count,
-                    const char* after, float* largest_of, float* sum_of, float* values) const {
+                    const char* after, const State& part) const {
         alignas(64) float scores[ROWS * SPLIT], weights[ROWS * SPLIT];
-        const char *keys[SPLIT_BLOCKS], *vals[SPLIT_BLOCKS];
+        const char* tiles[2 * SPLIT_BLOCKS + 1];  // in the order in which they are read, and the one after them
         int first_token = split * SPLIT;
         int top = 0, bottom = INT32_MAX;
         for (int r = begin; r < begin + count; r++) {
@@ -112,49 +158,28 @@ struct Attention {
         int blocks = std::min(SPLIT_BLOCKS, (top - first_token) / BLOCK + 1);
         int skipped = 0;  // blocks that lie before every row's window
         if (call.window > 0) skipped = std::max(0, (bottom - call.window + 1 - first_token) / BLOCK);
-        for (int r = 0; r < count; r++) largest_of[r] = -INFINITY, sum_of[r] = 0;
+        std::fill(part.largest, part.largest + count, -INFINITY);
         if (top < first_token || skipped >= blocks) return;
+        int used = blocks - skipped;
         const int32_t* table = schedule.tables.data() + tile.sequence * schedule.max_blocks + split * SPLIT_BLOCKS;
         for (int b = skipped; b < blocks; b++) {
-            keys[b] = key_tile(kv, call.layer, table[b], head);
-            vals[b] = keys[b] + tile_bytes(kv);
+            tiles[b - skipped] = key_tile(kv, call.layer, table[b], head);
+            tiles[b - skipped + used] = tiles[b - skipped] + tile_bytes(kv);
         }
-        for (int b = skipped; b < blocks; b++)
-            multiply_all<P>(count, BLOCK / LANES, rows + begin * wide, wide, keys + b, 1,
-                            b + 1 < blocks ? keys[b + 1] : vals[skipped], key_steps,
-                            BLOCK * ELEMENT * P::ELEMENTS, scores + b * BLOCK, SPLIT);
+        tiles[2 * used] = after;
+        for (int i = 0; i < used; i++)
+            multiply_all<P>(count, BLOCK / LANES, rows + begin * wide, wide, tiles + i, 1, tiles + i + 1, key_steps,
+                            BLOCK * ELEMENT * P::ELEMENTS, scores + (skipped + i) * BLOCK, SPLIT);
         for (int r = 0; r < count; r++) {
             int position = schedule.positions[tile.token_begin + (begin + r) / group];
             int high = position + 1 - first_token;
             int low = call.window > 0 ? position - call.window + 1 - first_token : 0;
-            float* row = scores + r * SPLIT;
-            Floats most = splat(-INFINITY);
-            Floats scale = splat(call.scale), cap = splat(call.soft_cap);
-            for (int i = skipped * BLOCK; i < blocks * BLOCK; i += LANES) {
-                Floats s = load(row + i) * scale;
-                if (call.soft_cap > 0) s = cap * hyperbolic_tangent(s / cap);
-                s = within(s, splat(-INFINITY), add_int(iota(), splat_int(i)), low, high);
-                store(row + i, s);
-                most = maximum(most, s);
-            }
-            float m = largest(most);
-            largest_of[r] = m;
-            Floats base = splat(m == -INFINITY ? 0 : m), total = splat(0);
-            float* to = weights + r * SPLIT;
-            for (int i = skipped * BLOCK; i < blocks * BLOCK; i += LANES) {
-                Floats p = exponential(load(row + i) - base);
-                total = total + p;
-                if constexpr (PAIRS)
-                    store(reinterpret_cast<BF16*>(to) + i, p);
-                else
-                    store(to + i, p);
-            }
-            sum_of[r] = sum(total);
+            part.largest[r] = softmax(scores + r * SPLIT, weights + r * SPLIT, skipped, blocks, low, high, part.sum + r);
         }
         int value_row = wide * ELEMENT * P::ELEMENTS;
         int skip = skipped * BLOCK / (PAIRS ? 2 : 1);
-        multiply_all<P>(count, wide / LANES, weights + skip, SPLIT, vals + skipped, blocks - skipped, after, value_steps,
-                        value_row, values, wide);
+        multiply_all<P>(count, wide / LANES, weights + skip, SPLIT, tiles + used, used, tiles + used + 1, value_steps,
+                        value_row, part.values, wide);
     }
 
     int first_split(const Tile& tile) const {
@@ -179,37 +204,29 @@ struct Attention {
                 T* to = static_cast<T*>(call.out) + row * size;
                 Floats factor = splat(1.0f / state.sum[r]);
                 for (int i = 0; i < size; i += LANES)
-                    store_up_to(to + i, load(state.values + r * state.stride + i) * factor, size - i);
+                    store_up_to(to + i, load(state.values + r * wide + i) * factor, size - i);
             }
     }
 
     void run_tile(const Tile& tile, int head, Scratch& scratch) const {
         int rows = (tile.token_end - tile.token_begin) * group;
-        float* queries = scratch.take(size_t(rows) * (2 * wide + 2) + ROWS * (wide + 2) + 64);
-        State state{queries + rows * wide, queries + rows * wide + rows, nullptr, wide};
-        float* largest2 = state.sum + rows;
-        float* sum2 = largest2 + ROWS;
-        float* values2 = sum2 + ROWS;
-        state.values = values2 + ROWS * wide;
+        float* queries = scratch.take(size_t(rows + ROWS) * (wide + 2) + size_t(rows) * wide);
+        State state{queries + rows * wide, queries + rows * wide + rows, queries + rows * (wide + 2)};
+        State part{state.values + rows * wide, state.values + rows * wide + ROWS, state.values + rows * wide + 2 * ROWS};
         gather(tile, head, queries);
-        for (int r = 0; r < rows; r++) {
-            state.largest[r] = -INFINITY;
-            state.sum[r] = 0;
-            if (tile.resumes) {
-                const float* from = state_of(schedule.tokens[tile.token_begin + r / group], head * group + r % group);
-                state.largest[r] = from[0];
-                state.sum[r] = from[1];
-                memcpy(state.values + r * wide, from + 2, wide * sizeof(float));
-            }
+        if (!tile.resumes) state.clear(rows, wide);
+        for (int r = 0; tile.resumes && r < rows; r++) {
+            const float* from = state_of(schedule.tokens[tile.token_begin + r / group], head * group + r % group);
+            state.largest[r] = from[0];
+            state.sum[r] = from[1];
+            memcpy(state.values + r * wide, from + 2, wide * sizeof(float));
         }
         int last = last_split(tile);
         for (int s = first_split(tile); s < last; s++) {
             for (int begin = 0; begin < rows; begin += ROWS) {
                 int count = std::min(ROWS, rows - begin);
-                split_rows(tile, head, s, queries, begin, count, following(tile, head, s, last), largest2, sum2, values2);
-                for (int r = 0; r < count; r++)
-                    fold(state.largest + begin + r, state.sum + begin + r, state.values + (begin + r) * wide, largest2[r],
-                         sum2[r], values2 + r * wide, wide);
+                split_rows(tile, head, s, queries, begin, count, following(tile, head, s, last), part);
+                fold(count, state.from(begin, wide), part.largest, part.sum, part.values, wide);
             }
         }
         if (tile.finishes) return finish(tile, head, state);
@@ -256,22 +273,22 @@ struct Attention {
             float* partial = schedule.partials.data() + item.partial;
             gather(*item.tile, item.head, queries);
             const char* after = following(*item.tile, item.head, item.split, item.split);
+            State part{partial, partial + rows, partial + 2 * rows};
             for (int begin = 0; begin < rows; begin += ROWS)
                 split_rows(*item.tile, item.head, item.split, queries, begin, std::min(ROWS, rows - begin), after,
-                           partial + begin, partial + rows + begin, partial + 2 * rows + begin * wide);
+                           part.from(begin, wide));
         });
         parallel_for(call.threads, int64_t(begins.size()) - 1, 1, [&](int64_t i) {
             const Item& item = items[begins[i]];
             int rows = (item.tile->token_end - item.tile->token_begin) * group;
-            State state{scratch().take(size_t(rows) * state_floats()), nullptr, nullptr, wide};
-            state.sum = state.largest + rows;
-            state.values = state.sum + rows;
-            for (int r = 0; r < rows; r++) state.largest[r] = -INFINITY;
+            float* memory = scratch().take(size_t(rows) * state_floats());
+            State state{memory, memory + rows, memory + 2 * rows};
+            state.clear(rows, wide);
             for (size_t j = begins[i]; j < begins[i + 1]; j++) {
                 const float* partial = schedule.partials.data() + items[j].partial;
-                for (int r = 0; r < rows; r++)
-                    fold(state.largest + r, state.sum + r, state.values + r * wide, partial[r], partial[rows + r],
-                         partial + 2 * rows + r * wide, wide);
+                for (int begin = 0; begin < rows; begin += ROWS)
+                    fold(std::min(ROWS, rows - begin), state.from(begin, wide), partial + begin, partial + rows + begin,
+                         partial + 2 * rows + begin * wide, wide);
             }
             finish(*item.tile, item.head, state);
         });
@@ -301,6 +318,14 @@ struct Attention {
 };
 
 }  // namespace
+
+// Ask for huge pages before the first touch: a step's blocks lie scattered over more small pages than are looked up fast.
+EXPORTED void batchinfer_prefer_huge_pages(void* data, int64_t bytes) {
+    constexpr uintptr_t page = 2 << 20;
+    uintptr_t first = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+    uintptr_t last = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) / page * page;
+    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+}
 
 // q and out [tokens, num_heads, head_size].
 EXPORTED void batchinfer_attention(const Call* call) {

@@ -81,6 +81,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "make_schedule": (_Address, (ctypes.POINTER(_Batch),)),
     "free_schedule": (None, (_Address,)),
     "shared_tiles": (_Long, (_Address,)),
+    "prefer_huge_pages": (None, (_Address, _Long)),
     "attention": (None, (ctypes.POINTER(_Attention),)),
     "rotary_and_store": (None, (_Int, _Address, _Address, ctypes.POINTER(_Rotary), _CacheAt, _Int)),
     "rms_norm": (None, (_Int, *[_Address] * 5, _Long, _Long, _Float, _Int)),
@@ -182,6 +183,7 @@ class CPUOperators:
             raise ValueError(f"The cpu operators need an even head size up to 1024, not {spec.head_size}.")
         elements = num_blocks * self.block_bytes(spec) // spec.dtype.itemsize
         data = torch.zeros(elements, dtype=spec.dtype, device=device)
+        self._library.prefer_huge_pages(data.data_ptr(), data.nbytes)
         view = _Cache(
             data.data_ptr(),
             num_blocks,

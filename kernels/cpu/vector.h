@@ -216,6 +216,26 @@ inline Floats exponential(Floats x) {
     return if_less(x, splat(-87.3f), splat(0.0f), p * as_floats(power));
 }
 
+// 2^x within 2 units in the last place; 0 far below the smallest normal number, and for minus infinity. x <= 127.
+inline Floats power_of_two(Floats x) {
+    Floats bounded = maximum(x, splat(LANES == 16 ? -200.0f : -126.0f));
+    Floats n = round_to_integer(bounded);
+    Floats r = bounded - n;
+    Floats p = splat(1.535336188319500e-4f);
+    p = fma(p, r, splat(1.339887440266574e-3f));
+    p = fma(p, r, splat(9.618437357674640e-3f));
+    p = fma(p, r, splat(5.550332471162809e-2f));
+    p = fma(p, r, splat(2.402264791363012e-1f));
+    p = fma(p, r, splat(6.931472028550421e-1f));
+    p = fma(p, r, splat(1.0f));
+#if defined(__AVX512F__)
+    return _mm512_scalef_ps(p, n);
+#else
+    Ints power = shift_left<23>(add_int(to_ints(n), splat_int(127)));
+    return if_less(x, splat(-126.0f), splat(0.0f), p * as_floats(power));
+#endif
+}
+
 // tanh(x): an odd polynomial near 0, where the exponential's form would cancel.
 inline Floats hyperbolic_tangent(Floats x) {
     Floats a = absolute(x), s = x * x;
