@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import job_simulator as simulator
 import pytest
+import simulated_store
+from simulated_engine import rejected, unreadable, unrendered, words
 
 from batchinfer.jobs import commit as commit_module
 from batchinfer.jobs import feeder as feeder_module
@@ -24,19 +23,6 @@ from batchinfer.jobs.progress import Progress
 from batchinfer.jobs.publisher import Publisher
 
 SEEDS = 500
-
-
-def load_simulator() -> ModuleType:
-    path = Path(__file__).with_name("job_simulator.py")
-    spec = importlib.util.spec_from_file_location("job_simulator", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules.setdefault("job_simulator", importlib.util.module_from_spec(spec))
-    if not hasattr(module, "main"):
-        spec.loader.exec_module(module)
-    return module
-
-
-simulator = load_simulator()
 
 
 @pytest.fixture(autouse=True)
@@ -59,9 +45,9 @@ def total_tokens(simulation: Any) -> int:
     rows = [
         row
         for row in range(simulation.shards * simulation.rows)
-        if not (simulator.unreadable(row) or simulator.unrendered(row) or simulator.rejected(row))
+        if not (unreadable(row) or unrendered(row) or rejected(row))
     ]
-    return sum(len(simulator.words(row, sample)) for row in rows for sample in range(simulation.n))
+    return sum(len(words(row, sample)) for row in rows for sample in range(simulation.n))
 
 
 @pytest.mark.slow
@@ -146,7 +132,7 @@ def overwriting_create(patch: pytest.MonkeyPatch) -> None:
         self.put(key, data)
         return True
 
-    patch.setattr(simulator.SimStore, "create_exclusive", create)
+    patch.setattr(simulated_store.SimStore, "create_exclusive", create)
 
 
 def no_read_back(patch: pytest.MonkeyPatch) -> None:
@@ -233,7 +219,7 @@ def progress_deleted_early(patch: pytest.MonkeyPatch) -> None:
 
 
 def beats_that_forget(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Heartbeat, "now", lambda self: float(simulator.EPOCH))
+    patch.setattr(Heartbeat, "now", lambda self: float(simulated_store.EPOCH))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -13,9 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import fake_engine as fake
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -33,18 +32,6 @@ from batchinfer.jobs.types import Shard
 
 FAKE = Path(__file__).with_name("fake_engine.py")
 WAIT = 60.0
-
-
-def load_fake() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fake_engine", FAKE)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules.setdefault("fake_engine", importlib.util.module_from_spec(spec))
-    if not hasattr(module, "fake_engine"):
-        spec.loader.exec_module(module)
-    return module
-
-
-fake = load_fake()
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = WAIT) -> None:
