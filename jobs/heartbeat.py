@@ -99,7 +99,9 @@ class Renewer:
             self._bench.changed.notify_all()
 
     def run(self) -> None:
-        """Renew until closed. While the engine is stalled nothing is renewed, so others may take over."""
+        """Show that the worker is there, then renew until closed. While the engine is stalled nothing is
+        renewed, so others may take over."""
+        self._heartbeat.beat()
         while self._wait():
             if not self._stalled():
                 with self._bench.changed:

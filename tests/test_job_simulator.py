@@ -11,6 +11,7 @@ from typing import Any
 import job_simulator as simulator
 import pytest
 import simulated_store
+import simulated_world
 from simulated_engine import rejected, unreadable, unrendered, words
 
 from batchinfer.jobs import commit as commit_module
@@ -75,7 +76,13 @@ def test_a_kill_at_each_single_storage_call(n: int, after: bool) -> None:
     assert calls > 60
     for call in range(1, calls + 1):
         try:
-            simulation((call, after)).run()
+            killed = simulation((call, after)).run()
+            for process in killed.processes:
+                # What a heartbeat did not see is at most what came after the last one.
+                if process.name in killed.records:
+                    life = process.ended_ns - process.started_ns
+                    unrecorded = life - killed.records[process.name].bill.total
+                    assert 0 <= unrecorded < 17 * simulated_world.SECOND, f"{unrecorded} ns unrecorded"
         except Exception as error:
             raise AssertionError(f"killed {'after' if after else 'before'} call {call}: {error}") from error
 
