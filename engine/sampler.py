@@ -20,6 +20,9 @@ from batchinfer.kernels.ops import Operators
 # Below this a distribution is one token for any logits that differ, and divisions would overflow.
 _GREEDY_BELOW = 1e-5
 
+# Tokens among which the filters are tried first.
+_CANDIDATES = 256
+
 _MASK64 = (1 << 64) - 1
 
 
@@ -180,22 +183,53 @@ class Sampler:
         logits[index] = part - frequency * produced - presence * (produced > 0)
 
     def _filter(self, logits: torch.Tensor, rows: npt.NDArray[np.int32]) -> None:
-        """Mask what top-k, top-p and min-p leave out, in this order, at the row's temperature."""
+        """Mask what top-k, top-p and min-p leave out, in this order, at the row's temperature.
+
+        On a CPU sorting a vocabulary costs more than the model's step, so a row's best tokens are
+        tried first and more of them where all would stay: what is masked is the same.
+        """
         places = np.flatnonzero(self._filtered[rows])
-        chosen = rows[places]
+        width = self._vocab_size if self._device.type == "cuda" else min(_CANDIDATES, self._vocab_size)
+        while len(places):
+            done = self._filter_among(logits, places, rows[places], width)
+            if width == self._vocab_size:
+                return
+            places = places[~done.numpy()]
+            width = min(16 * width, self._vocab_size)
+
+    def _filter_among(
+        self,
+        logits: torch.Tensor,
+        places: npt.NDArray[np.intp],
+        rows: npt.NDArray[np.int32],
+        width: int,
+    ) -> torch.Tensor:
+        """Filter the logits at ``places`` (of ``rows``) whose ``width`` best tokens hold all that stay.
+
+        Returns which those are: bool [len(places)]; the others are left as they are.
+        """
         index = to_device(places, self._device)
         temperature, top_p, min_p = (
-            to_device(self._floats[name][chosen], self._device)[:, None]
+            to_device(self._floats[name][rows], self._device)[:, None]
             for name in ("temperature", "top_p", "min_p")
         )
-        top_k = to_device(self._top_k[chosen], self._device)[:, None]
-        # Ascending, so that sums begin with the smallest and lose least; ties in the order of their ids.
-        scores, order = (logits[index] / temperature).sort(dim=-1, stable=True)
-        kept = scores >= scores.gather(1, self._vocab_size - top_k)
-        chances = scores.masked_fill(~kept, -torch.inf).softmax(-1)
-        below = chances.cumsum(-1) <= 1.0 - top_p
-        below[:, -1] = False
-        kept &= ~below | (top_p >= 1.0)
-        kept &= chances >= min_p * chances[:, -1:]
-        masked = torch.empty_like(kept).scatter_(1, order, ~kept)
-        logits[index] = logits[index].masked_fill(masked, -torch.inf)
+        top_k = to_device(self._top_k[rows], self._device)[:, None]
+        part = logits[index]
+        scores = part / temperature
+        values, ids = scores.topk(width, dim=-1)
+        # Ties with the k-th best stay. Where k is beyond the candidates, its sum is not known either.
+        cut = top_k < self._vocab_size
+        kept = ~cut | (values >= values.gather(1, top_k.clamp(max=width) - 1))
+        among_kept = values.masked_fill(~kept, -torch.inf).logsumexp(-1, keepdim=True)
+        total = torch.where(cut, among_kept, scores.logsumexp(-1, keepdim=True))
+        chances = (values - total).exp().masked_fill(~kept, 0.0)
+        # Top-p keeps a token while those before it have not reached top_p yet.
+        before = chances.cumsum(-1) - chances
+        kept &= (before < top_p) | (top_p >= 1.0)
+        kept &= chances >= min_p * chances[:, :1]
+        kept[:, 0] = True
+        done = (~kept[:, -1] & (~cut | (top_k <= width))[:, 0]) | (width == self._vocab_size)
+        filtered = torch.full_like(part, -torch.inf)
+        filtered.scatter_(1, ids, part.gather(1, ids).masked_fill(~kept, -torch.inf))
+        logits[index] = torch.where(done[:, None], filtered, part)
+        return done

@@ -82,29 +82,35 @@ def test_samples_follow_the_distribution(params: SamplingParams) -> None:
     assert statistic < freedom + 5 * (2 * max(freedom, 1)) ** 0.5
 
 
-@settings(deadline=None, max_examples=50)
-@given(
-    st.floats(0.2, 3.0),
-    st.integers(0, VOCABULARY + 5),
-    st.floats(0.05, 1.0),
-    st.floats(0.0, 1.0),
-    st.integers(0, 2**32),
+FILTERS = st.builds(
+    SamplingParams,
+    temperature=st.floats(0.2, 3.0),
+    top_k=st.integers(0, VOCABULARY + 5),
+    top_p=st.floats(0.05, 1.0) | st.just(1.0),
+    min_p=st.floats(0.0, 1.0) | st.just(0.0),
 )
+
+
+@pytest.mark.parametrize("candidates", [1, 2, 100])
+@settings(deadline=None, max_examples=60)
+@given(filters=st.lists(FILTERS, min_size=1, max_size=4), seed=st.integers(0, 2**32))
 def test_filters_keep_what_transformers_keeps(
-    temperature: float, top_k: int, top_p: float, min_p: float, seed: int
+    candidates: int, filters: list[SamplingParams], seed: int
 ) -> None:
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 3
-    sampler = make_sampler([params], [[1]])
-    filtered = logits[None].clone()
-    if sampler._filtered[0]:
-        sampler._filter(filtered, np.array([0], np.int32))
-    expected = kept_probabilities(params, logits)
-    got = (filtered[0] / params.temperature).softmax(-1)
-    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)
+    logits = torch.randn(len(filters), VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 3
+    sampler = make_sampler(filters, [[1]] * len(filters))
+    filtered = logits.clone()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("batchinfer.engine.sampler._CANDIDATES", candidates)
+        sampler._filter(filtered, np.arange(len(filters), dtype=np.int32))
+    for row, params in enumerate(filters):
+        got = (filtered[row] / params.temperature).softmax(-1)
+        torch.testing.assert_close(got, kept_probabilities(params, logits[row]), atol=1e-6, rtol=1e-4)
 
 
-def test_top_k_keeps_ties() -> None:
+@pytest.mark.parametrize("candidates", [1, 2, 100])
+def test_top_k_keeps_ties(candidates: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchinfer.engine.sampler._CANDIDATES", candidates)
     logits = torch.tensor([1.0, 3.0, 2.0, 2.0] + [0.0] * (VOCABULARY - 4))
     sampler = make_sampler([SamplingParams(temperature=1.0, top_k=2)], [[1]])
     filtered = logits[None].clone()

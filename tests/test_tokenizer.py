@@ -417,6 +417,14 @@ def test_characters_are_held_back_until_they_are_whole() -> None:
     assert len([piece for piece in pieces if piece]) > 3
 
 
+def test_a_run_of_bytes_reaches_across_special_tokens(tmp_path: Path) -> None:
+    own = sentence_piece(str(tmp_path))
+    # A whole character, a special token, and a byte that spoils the run.
+    ids = [3 + 0xC3, 3 + 0xA9, 2, 3 + 0xFF]
+    detokenizer = own.detokenizer()
+    assert "".join([*(detokenizer.push([i]) for i in ids), detokenizer.flush()]) == own.decode(ids)
+
+
 def test_threads_may_share_a_tokenizer() -> None:
     own, results = smollm2(), {}
     expected = own.encode_batch(TEXTS)
