@@ -353,6 +353,36 @@ def test_linear(ops: CPUOperators, dtype: torch.dtype, bias: bool, rows: int) ->
     torch.testing.assert_close(got, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 5, 64])
+def test_int8_linear_is_the_product_of_rounded_rows(
+    ops: CPUOperators, dtype: torch.dtype, bias: bool, rows: int
+) -> None:
+    rng = torch.Generator().manual_seed(rows)
+    weight = (torch.randn(100, 200, generator=rng) / 8).to(dtype)
+    weight[7] = 0
+    offset = torch.randn(100, generator=rng).to(dtype) if bias else None
+    x = (torch.randn(rows, 200, generator=rng) * torch.rand(rows, 1, generator=rng) * 9).to(dtype)
+    x[:1] = 0
+
+    row_size = x.float().abs().amax(1, keepdim=True)
+    whole = (x.float() * torch.full_like(row_size, 127.0).div(row_size.clamp_min(1e-30))).round() * (
+        row_size / 127
+    )
+    scale = weight.float().abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
+    whole_weight = (weight.float() / scale).round() * scale
+    got = ops.linear(x, ops.pack_linear(weight, offset, "int8"))
+    expected = whole @ whole_weight.T + (0 if offset is None else offset.float())
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), expected, atol=2 * TOLERANCE[dtype], rtol=2 * TOLERANCE[dtype])
+
+
+def test_other_quantizations_are_refused_by_name(ops: CPUOperators) -> None:
+    with pytest.raises(ValueError, match="int4"):
+        ops.pack_linear(torch.zeros(4, 4), None, "int4")
+
+
 def test_block_bytes_are_what_is_allocated(ops: CPUOperators) -> None:
     for size, dtype in ((64, torch.bfloat16), (8, torch.float32), (80, torch.float16)):
         spec = KVSpec(3, 2, size, dtype)

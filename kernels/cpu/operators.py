@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from batchinfer.kernels.cpu.build import Level, build
+from batchinfer.kernels.cpu.build import Level, build, levels
 from batchinfer.kernels.ops import AttentionBatch, KVCache, KVSpec, PackedLinear
 
 # The tokens of a block, BLOCK in cache.h.
@@ -86,6 +86,8 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "rotary_and_store": (None, (_Int, _Address, _Address, ctypes.POINTER(_Rotary), _CacheAt, _Int)),
     "rms_norm": (None, (_Int, *[_Address] * 5, _Long, _Long, _Float, _Int)),
     "gated_activation": (None, (_Int, _Address, _Address, _Long, _Long, _Int, _Int)),
+    "quantize_rows": (None, (_Int, *[_Address] * 3, _Long, _Long, _Int, _Int)),
+    "scale_rows": (None, (_Int, *[_Address] * 3, _Long, _Long, _Int)),
     "sample": (None, (*[_Address] * 5, _Long, _Long, _Int)),
 }
 
@@ -127,6 +129,21 @@ class CPULinear:
     packed: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Int8Linear:
+    """A weight in int8, a scale for each of its rows (output channels), packed by oneDNN.
+
+    ``scales`` fp32 [out], ``zeros`` int32 [out], ``bias`` fp32 [out].
+    """
+
+    out_features: int
+    in_features: int
+    weight: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    bias: torch.Tensor | None
+
+
 class Schedule:
     """What attention computes in one step, worked out once for all its layers."""
 
@@ -164,6 +181,8 @@ class CPUOperators:
 
     def __init__(self, level: Level | None = None) -> None:
         self._library = _Library(level)
+        # Without VNNI a product of bytes adds pairs in 16 bits, which 7-bit activations can't overflow.
+        self._byte_limit = 127 if "avx512_vnni" in levels() else 63
         self._schedule: Schedule | None = None
 
     def block_size(self, spec: KVSpec) -> int:
@@ -196,10 +215,16 @@ class CPUOperators:
 
     def pack_linear(
         self, weight: torch.Tensor, bias: torch.Tensor | None, quantize: str | None
-    ) -> CPULinear:
-        """A packed copy; fp16, which few CPUs multiply, is kept in fp32."""
+    ) -> CPULinear | Int8Linear:
+        """A packed copy; fp16, which few CPUs multiply, is kept in fp32.
+
+        ``quantize`` "int8" rounds each row of the weight to 8 bits, and ``linear`` each row of its
+        input. Raises ValueError for another one.
+        """
+        if quantize == "int8":
+            return _pack_int8(weight, bias)
         if quantize is not None:
-            raise ValueError(f"The cpu operators can't quantize weights to {quantize}.")
+            raise ValueError(f"the cpu operators quantize weights to int8, not to {quantize}.")
         out_features, in_features = weight.shape
         packed = bool(torch._C._has_mkldnn)
         if weight.dtype == torch.bfloat16:
@@ -213,6 +238,8 @@ class CPUOperators:
 
     def linear(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
         """[T, in] -> [T, out]."""
+        if isinstance(weight, Int8Linear):
+            return self._linear_int8(x, weight)
         assert isinstance(weight, CPULinear)
         y: torch.Tensor
         given = x.dtype
@@ -225,6 +252,51 @@ class CPUOperators:
         else:
             y = torch.nn.functional.linear(x, weight.weight, weight.bias)
         return y if y.dtype == given else y.to(given)
+
+    def _linear_int8(self, x: torch.Tensor, weight: Int8Linear) -> torch.Tensor:
+        x = x.contiguous()
+        rows, size = x.shape
+        dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+        if rows == 0:
+            return x.new_empty(0, weight.out_features)
+        threads = torch.get_num_threads()
+        whole = torch.empty(rows, size, dtype=torch.uint8)
+        scales = torch.empty(rows)
+        self._library.quantize_rows(
+            _TYPES[x.dtype],
+            x.data_ptr(),
+            whole.data_ptr(),
+            scales.data_ptr(),
+            rows,
+            size,
+            self._byte_limit,
+            threads,
+        )
+        y: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
+            whole,
+            1.0,
+            self._byte_limit + 1,
+            weight.weight,
+            weight.scales,
+            weight.zeros,
+            None,
+            1.0,
+            0,
+            dtype,
+            "none",
+            [],
+            "",
+        )
+        self._library.scale_rows(
+            _TYPES[dtype],
+            y.data_ptr(),
+            scales.data_ptr(),
+            None if weight.bias is None else weight.bias.data_ptr(),
+            rows,
+            weight.out_features,
+            threads,
+        )
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Over the last dimension, in fp32 inside."""
@@ -380,6 +452,21 @@ class CPUOperators:
             torch.get_num_threads(),
         )
         return tokens
+
+
+def _pack_int8(weight: torch.Tensor, bias: torch.Tensor | None) -> Int8Linear:
+    wide = weight.float()
+    scales = (wide.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    whole = (wide / scales[:, None]).round().to(torch.int8)
+    packed = torch.ops.onednn.qlinear_prepack(whole, None)
+    return Int8Linear(
+        weight.shape[0],
+        weight.shape[1],
+        packed,
+        scales,
+        torch.zeros(len(scales), dtype=torch.int32),
+        None if bias is None else bias.float().contiguous(),
+    )
 
 
 def load(level: Level | None = None) -> CPUOperators:
