@@ -77,6 +77,7 @@ def seaweedfs(folder: Path) -> Iterator[S3Server]:
     command = [str(_beside_python("weed")), "-v=0", "server", f"-dir={folder}", "-ip=127.0.0.1"]
     command += ["-ip.bind=127.0.0.1", "-filer", "-s3", f"-s3.config={folder / 's3.json'}"]
     command += ["-volume.max=300", "-master.volumeSizeLimitMB=64"]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]  # fixed ports, so two servers would collide
     command += [f"-{name}={port}" for name, port in ports.items()]
     with _running(command, ports["s3.port"], folder, {"HOME": str(folder)}) as server:
         yield server
