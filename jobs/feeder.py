@@ -20,6 +20,9 @@ from batchinfer.jobs.records import Failure, input_as_json
 from batchinfer.jobs.samples import SampleKey
 from batchinfer.jobs.types import RowError, Shard
 
+FIRST_PATIENCE = 1.0
+PATIENCE_GROWTH = 1.5
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -52,15 +55,19 @@ class Feeder:
 
     def run(self) -> None:
         """Feed until the worker stops, or every shard is committed."""
+        patience = FIRST_PATIENCE
         while self._bench.wait_for_room():
             lease = self._claims.claim(self._bench.held())
             if lease is not None:
+                patience = FIRST_PATIENCE
                 self._feed(lease)
             elif self._claims.all_committed():
                 self._bench.request_stop("done")
             else:
-                # The others' leases may still go stale, so there may be work for us later.
-                self._bench.wait_for_work(self._patience)
+                # The others' leases may still go stale, so there may be work for us later. Often they are
+                # about to finish, so look soon, and then less and less often.
+                self._bench.wait_for_work(min(patience, self._patience))
+                patience *= PATIENCE_GROWTH
 
     def _feed(self, lease: Lease) -> None:
         planned = self._work.shards[lease.shard]
