@@ -21,6 +21,8 @@ import pytest
 
 from batchinfer.connectors.readers import discover, scan_input
 from batchinfer.connectors.storage import open_store
+from batchinfer.connectors.types import StorageError, TransientStorageError
+from batchinfer.jobs.backends import local
 from batchinfer.jobs.backends.local import start_workers
 from batchinfer.jobs.columns import output_schema
 from batchinfer.jobs.cost import settle
@@ -28,7 +30,8 @@ from batchinfer.jobs.folder import JobFolder, ShardName, new_nonce
 from batchinfer.jobs.processes import python_command
 from batchinfer.jobs.records import JobRecord, WorkerRecord
 from batchinfer.jobs.spec import parse_spec
-from batchinfer.jobs.types import Shard
+from batchinfer.jobs.supervisor import EngineGone, outcome
+from batchinfer.jobs.types import JobError, Shard
 
 FAKE = Path(__file__).with_name("fake_engine.py")
 WAIT = 60.0
@@ -139,9 +142,11 @@ def make_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeJo
         scan = scan_input(discover(parsed.input.uri), None, shard_rows)
         shards = [Shard(index, (split,), 1) for index, split in enumerate(scan.splits(shard_rows))]
         folder = JobFolder(open_store(parsed.output.uri))
+        names = parsed.input.columns or scan.schema.names
+        passed = [field for field in scan.schema if field.name in names]
         record = JobRecord(
             spec=parsed.model_dump(mode="json"),
-            schema=output_schema(scan.schema, parsed.sampling_params(), parsed.output.tokens),
+            schema=output_schema(pa.schema(passed), parsed.sampling_params(), parsed.output.tokens),
             input_schema=scan.schema,
             fingerprint="",
             plan=folder.write_plan(shards),
@@ -366,6 +371,51 @@ def test_rows_that_fail_go_to_the_failures_with_their_input(make_job: MakeJob, t
             failures |= {row.row_index: row for row in job.folder.read_failures(shard, nonce)}
     assert failures[3].input == lines[3]
     assert json.loads(failures[7].input or "") == {"id": "id 7", "text": "this is too long"}
+
+
+def test_a_column_may_be_for_the_prompt_alone(make_job: MakeJob, tmp_path: Path) -> None:
+    source = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"text": ["a", "b"], "id": ["id 0", "id 1"]}), source)
+    job = make_job(input={"uri": str(source), "columns": ["id"]}, source=source)
+    assert job.run() == 0
+    assert job.check().column_names[:2] == ["id", "row_index"]
+
+
+def test_gpus_are_shared_out_one_group_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    def given(count: int, gpus: int) -> list[str | None]:
+        return [share.get("CUDA_VISIBLE_DEVICES") for share in local._shares(count, gpus, None)]
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert given(4, 1) == ["4", "5", "6", "7"]
+    assert given(2, 2) == ["4,5", "6,7"]
+    assert given(6, 1) == ["4", "5", "6", "7", "4", "5"]
+    assert [share["BATCHINFER_MEMORY_SHARE"] for share in local._shares(6, 1, None)] == ["0.4"] * 6
+    assert given(2, 0) == [None, None]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cores = len(os.sched_getaffinity(0))
+    shares = local._shares(cores, 1, None)
+    assert [share["OMP_NUM_THREADS"] for share in shares] == ["1"] * cores
+    assert local._shares(1, 1, 3.0)[0]["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("stop", "error", "code"),
+    [
+        ("done", None, 0),
+        ("drain", None, 75),
+        ("cancel", None, 77),
+        ("error", TransientStorageError("down"), 75),
+        ("error", StorageError("denied"), 78),
+        ("error", JobError("wrong"), 78),
+        ("error", EngineGone("gone"), 70),
+        ("error", ValueError("a bug"), 70),
+    ],
+)
+def test_exit_codes_are_those_of_the_contract(stop: Any, error: Exception | None, code: int) -> None:
+    found, message = outcome(stop, error)
+    assert found == code
+    assert error is None or str(error) in message
 
 
 def test_local_workers_divide_the_machine_and_stop_when_asked(
