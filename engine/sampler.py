@@ -227,7 +227,6 @@ class Sampler:
         before = chances.cumsum(-1) - chances
         kept &= (before < top_p) | (top_p >= 1.0)
         kept &= chances >= min_p * chances[:, :1]
-        kept[:, 0] = True
         done = (~kept[:, -1] & (~cut | (top_k <= width))[:, 0]) | (width == self._vocab_size)
         filtered = torch.full_like(part, -torch.inf)
         filtered.scatter_(1, ids, part.gather(1, ids).masked_fill(~kept, -torch.inf))

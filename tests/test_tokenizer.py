@@ -361,6 +361,16 @@ def test_byte_level_vocabularies_encode_as_by_transformers(tmp_path: Path, pre: 
         assert own.encode_batch([text])[0] == oracle.encode(text).ids, text
 
 
+@pytest.mark.parametrize(
+    ("pre", "ids"), [("smollm", [0, 1, 0, 1]), ("gpt-2", [2, 2]), ("qwen2", [0, 1, 0, 1])]
+)
+def test_digits_are_split_where_the_pre_tokenizer_says(tmp_path: Path, pre: str, ids: list[int]) -> None:
+    files = write_vocabulary(
+        tmp_path / "m.gguf", "llama", "gpt2", ["1", "2", "12"], [1, 1, 1], pre=pre, merges=["1 2"]
+    )
+    assert load_tokenizer(files, 3).encode_batch(["1212"]) == [ids]
+
+
 def test_unknown_kinds_of_tokenizer_are_refused_by_name(tmp_path: Path) -> None:
     files = write_vocabulary(tmp_path / "a.gguf", "llama", "gpt2", ["a"], [1], pre="tekken", merges=["a a"])
     with pytest.raises(ModelError, match="pre-tokenizer 'tekken', which is not supported; gpt-2, smollm"):
