@@ -126,8 +126,13 @@ class Kinds:
         return pa.bool_() if seen == {"bool"} else pa.string()
 
 
+def schema_of(kinds: Kinds) -> pa.Schema:
+    """A column for every key of the rows that ``kinds`` has seen, in the order of their first sight."""
+    return pa.schema([pa.field(name, part.type()) for name, part in kinds.fields.items()])
+
+
 class SchemaScan:
-    """Collects the schema of JSON Lines from blocks of whole lines."""
+    """Collects the kinds of JSON Lines from blocks of whole lines."""
 
     def __init__(self) -> None:
         """Nothing seen yet."""
@@ -170,10 +175,6 @@ class SchemaScan:
                 if type(value) is dict:
                     for name, part in value.items():
                         self.kinds._field(name).add(part)
-
-    def schema(self) -> pa.Schema:
-        """A column for every key of the rows, in the order in which they were first seen."""
-        return pa.schema([pa.field(name, part.type()) for name, part in self.kinds.fields.items()])
 
 
 def is_array_file(block: bytes) -> bool:

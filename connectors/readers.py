@@ -207,7 +207,7 @@ def scan_input(
             kinds = jsonl.Kinds()
             for _, seen in lines:
                 kinds.merge(seen)
-            schema = pa.schema([pa.field(name, part.type()) for name, part in kinds.fields.items()])
+            schema = jsonl.schema_of(kinds)
             scans = [scan for scan, _ in lines]
         else:
             records = list(threads.map(lambda file: _scan_csv(file, storage, granule), files))

@@ -441,7 +441,7 @@ def test_the_fast_and_the_exact_inference_agree(rows: list[dict[str, Any]]) -> N
     fast = jsonl.SchemaScan()
     fast._first = False  # the first lines always take the exact way
     fast.add(block)
-    assert fast.schema() == exact.schema()
+    assert jsonl.schema_of(fast.kinds) == jsonl.schema_of(exact.kinds)
 
 
 @pytest.mark.parametrize(
