@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 
@@ -29,6 +30,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+bench = typer.Typer(help="Measure the engine.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench, name="bench")
 
 SpecFile = Annotated[str, typer.Argument(metavar="SPEC", help="The job spec: a YAML or JSON file.")]
 JobUri = Annotated[str, typer.Argument(metavar="JOB_URI", help="The job's address: its output.uri.")]
@@ -277,6 +280,40 @@ def schema(as_json: AsJson = False) -> None:
         emit(document)
     else:
         print(json.dumps(document, indent=2))
+
+
+@bench.command()
+@command
+def throughput(
+    model: Annotated[str, typer.Option(help="A model, as in a job spec.")],
+    dataset: Annotated[Path, typer.Option(help='Lines of {"prompt": text, "max_tokens": number}.')],
+    dtype: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "auto",
+    quantize: Annotated[str | None, typer.Option(help="int8, int4 or fp8.")] = None,
+    max_context: Annotated[int | None, typer.Option(min=1, help="Default: the model's own.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Generate exactly max_tokens for each prompt, greedily, and report the rates."""
+    from batchinfer.engine.bench import measure_throughput
+    from batchinfer.jobs.models import local_model
+    from batchinfer.jobs.types import JobError
+
+    for name, value, known in (
+        ("--dtype", dtype, ("auto", "bf16", "fp16", "fp32")),
+        ("--quantize", quantize, (None, "int8", "int4", "fp8")),
+    ):
+        if value not in known:
+            raise typer.BadParameter(
+                f"{value} is none of {', '.join(filter(None, known))}", param_hint=name
+            )
+    settings = {"dtype": dtype, "quantize": quantize, "max_context": max_context}
+    try:
+        report = measure_throughput(local_model(model), dataset, **settings)
+    except ValueError as error:
+        raise JobError(str(error)) from error
+    for name, figure in asdict(report).items():
+        say(f"{name:<20} {figure:,}")
+    if as_json:
+        emit(asdict(report))
 
 
 def _status_document(job: Job, status: JobStatus) -> dict[str, Any]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset
+import pyarrow.parquet as pq
 
 from batchinfer.connectors.inputs import ObjectFile
-from batchinfer.connectors.storage import normalize_uri, open_store
+from batchinfer.connectors.storage import join_uri, normalize_uri, open_store, protocol_of
 from batchinfer.jobs.cost import Settlement
 from batchinfer.jobs.folder import JobFolder, ShardName
 from batchinfer.jobs.records import FAILURES_SCHEMA, JobRecord
@@ -21,6 +22,7 @@ from batchinfer.jobs.types import JobError
 
 POLL_SECONDS = 2.0
 _PARALLEL_READS = 16
+_BATCH_ROWS = 1024
 
 
 class Job:
@@ -74,18 +76,32 @@ class Job:
         """Ask all workers to stop; what is done is kept, and submitting again goes on from there."""
         self._folder.append_control(lambda control: replace(control, state="cancel"))
 
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The rows of committed parts, in the order of the input, a bounded number at a time."""
+        for shard in self._parts():
+            file = ObjectFile(self._folder.store, shard.part)
+            # One thread and no read-ahead: pyarrow's own threads would wait for Python at its end.
+            part = pq.ParquetFile(pa.PythonFile(file, mode="r"), pre_buffer=False)
+            yield from part.iter_batches(_BATCH_ROWS, use_threads=False)
+
     def dataset(self) -> pyarrow.dataset.Dataset:
         """The rows of committed parts, in the order of the input, as a pyarrow dataset."""
-        shards = sorted(self._folder.committed())
+        parts = self._parts()
         format = pyarrow.dataset.ParquetFileFormat()
+        if protocol_of(self.uri) == "file":
+            paths = [join_uri(self.uri, shard.part) for shard in parts]
+            return pyarrow.dataset.dataset(paths, self.record.schema, format)
 
         def fragment(shard: ShardName) -> pyarrow.dataset.Fragment:
             file = ObjectFile(self._folder.store, shard.part)
             return format.make_fragment(pa.PythonFile(file, mode="r"))
 
         with ThreadPoolExecutor(_PARALLEL_READS) as pool:
-            fragments = list(pool.map(fragment, shards))
+            fragments = list(pool.map(fragment, parts))
         return pyarrow.dataset.FileSystemDataset(fragments, self.record.schema, format)
+
+    def _parts(self) -> list[ShardName]:
+        return sorted(self._folder.committed())
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows of committed parts, in the order of the input, in memory."""
@@ -94,7 +110,7 @@ class Job:
     def failures(self) -> pa.Table:
         """The rows of committed parts that can't be answered: row_index, code, message, attempts, input."""
         rows = []
-        for shard in sorted(self._folder.committed()):
+        for shard in self._parts():
             nonce = self._folder.read_footer(shard).failures
             if nonce is not None:
                 rows += self._folder.read_failures(shard, nonce)

@@ -29,20 +29,19 @@ def rows_of(job: Job, failures: bool, limit: int | None) -> tuple[pa.Schema, Ite
     """A job's answers, or its failed rows, in the order of the input: at most ``limit`` of them."""
     if failures:
         table = job.failures()
-        return table.schema, _first(iter(table.to_batches()), limit)
-    dataset = job.dataset()
-    if limit is not None:
-        return dataset.schema, iter(dataset.head(limit).to_batches())
-    return dataset.schema, dataset.to_batches()
+        return table.schema, _first(table.to_batches(), limit)
+    return job.record.schema, _first(job.batches(), limit)
 
 
 def _first(batches: Iterable[pa.RecordBatch], limit: int | None) -> Iterator[pa.RecordBatch]:
     for batch in batches:
         if limit is None:
             yield batch
-        elif limit > 0:
-            yield batch.slice(0, limit)
-            limit -= min(limit, batch.num_rows)
+            continue
+        yield batch.slice(0, limit)
+        limit -= min(limit, batch.num_rows)
+        if limit == 0:
+            return
 
 
 def json_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[str]:

@@ -214,6 +214,8 @@ def test_with_json_an_error_is_the_one_document(job: Callable[..., str], run: Ca
         ["results", "/x", "--format", "xml"],
         ["results", "/x", "--format", "parquet"],
         ["results", "/x", "--output", "file.txt"],
+        ["bench", "throughput", "--model", "x"],
+        ["bench", "throughput", "--model", "x", "--dataset", "y", "--dtype", "bf17"],
     ],
 )
 def test_wrong_usage_is_exit_code_2(run: Callable[..., Ran], arguments: list[str]) -> None:
@@ -261,6 +263,21 @@ def test_plan_prints_for_people_on_stderr_and_one_document_on_stdout(
     document = json.loads(run("plan", job(), "--json").out)
     assert document["rows"] == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_bench_throughput_reports_what_was_asked(run: Callable[..., Ran], tmp_path: Path) -> None:
+    dataset = tmp_path / "prompts.jsonl"
+    dataset.write_text('{"prompt": "The sky is", "max_tokens": 3}\n{"prompt": "A", "max_tokens": 1}\n')
+    arguments = ["bench", "throughput", "--model", MODEL, "--dataset", str(dataset), "--max-context", "64"]
+    report = json.loads(run(*arguments, "--json").out)
+    assert report["requests"] == 2
+    assert report["output_tokens"] == 4
+    assert report.keys() >= {"prompt_tokens", "cached_tokens", "seconds", "output_tok_per_s"}
+    assert report.keys() >= {"total_tok_per_s", "load_seconds", "peak_rss_mb"}
+    dataset.write_text('{"prompt": "A"}\n')
+    ran = run(*arguments)
+    assert ran.code == 78
+    assert "prompts.jsonl, line 1" in ran.err
 
 
 def test_schema(run: Callable[..., Ran]) -> None:
