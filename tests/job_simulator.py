@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from simulated_engine import SimEngine, rejected, unreadable, unrendered, words
-from simulated_store import FaultPlan, Faults, SimStore
+from simulated_store import CALLS, FAULTS, FaultPlan, Faults, SimStore
 from simulated_world import SECOND, Broken, Process, SimClock, World
 
 from batchinfer.connectors.batches import RowBatch
@@ -299,6 +299,8 @@ class _Plain:
 def from_seed(seed: int) -> Simulation:
     """The simulation that a seed stands for: its size, its faults, and everything that happens."""
     chance = random.Random(f"shape {seed}")
+    # Every fault is aimed at every kind of call in turn; the shares add more of them anywhere.
+    fault, call = FAULTS[seed % len(FAULTS)], CALLS[seed // len(FAULTS) % len(CALLS)]
     faults = Faults(
         kill=chance.choice([0.0, 0.01, 0.03, 0.08]),
         freeze=chance.choice([0.0, 0.01, 0.02]),
@@ -308,6 +310,8 @@ def from_seed(seed: int) -> Simulation:
         crash=chance.choice([0.0, 0.0, 0.05]),
         hang=chance.choice([0.0, 0.0, 0.05]),
         budget=chance.choice([3, 10, 40]),
+        aimed=(fault, call),
+        aimed_skips=chance.choice([0, 0, 1, 4]),
     )
     return Simulation(
         seed,
@@ -316,8 +320,8 @@ def from_seed(seed: int) -> Simulation:
         shards=chance.randint(1, 5),
         rows=chance.choice([1, 4, 9]),
         n=chance.choice([1, 1, 2]),
-        drains=chance.choice([0, 0, 1, 3]),
-        cancels=chance.choice([0, 0, 0, 1]),
+        drains=3 if "get progress" in call or "inflight" in call else chance.choice([0, 0, 1, 3]),
+        cancels=1 if "get control" in call else chance.choice([0, 0, 0, 1]),
         capacity=chance.choice([2, 8, 100]),
         read_ahead=chance.choice([1, 5, 100]),
     )

@@ -14,11 +14,22 @@ from batchinfer.connectors.types import ObjectInfo, TransientStorageError
 
 EPOCH = 1_800_000_000
 
+FAULTS = ("kill_before", "kill_after", "freeze", "lost_reply", "error")
+CALLS = (
+    *("list claims", "create claims", "put claims", "get claims"),
+    *("list progress", "create progress", "get progress", "delete progress"),
+    *("create inflight", "get inflight", "delete inflight"),
+    *("put failures", "create part", "head part", "get part", "list part"),
+    *("put workers", "head workers", "list workers", "get workers"),
+    *("list control", "get control", "put summary.json", "read input"),
+)
+
 
 @dataclass(frozen=True)
 class Faults:
-    """What may happen at a storage call, as shares; ``kills`` and the like bound their number, so that
-    the world calms down. ``kill_at`` kills at one numbered call instead, before or after its effect."""
+    """What may happen at a storage call, as shares; ``budget`` bounds their number, so that the world
+    calms down. ``aimed`` is one more fault, for the call of a kind that comes after ``aimed_skips``
+    others of it. ``kill_at`` kills at one numbered call instead, before or after its effect."""
 
     kill: float = 0.0
     freeze: float = 0.0
@@ -27,6 +38,8 @@ class Faults:
     slow: float = 0.0
     crash: float = 0.0
     hang: float = 0.0
+    aimed: tuple[str, str] | None = None
+    aimed_skips: int = 0
     kill_at: tuple[int, bool] | None = None
     budget: int = 1000
 
@@ -172,6 +185,7 @@ class FaultPlan:
 
     def __init__(self, world: World, faults: Faults) -> None:
         self._world, self._faults, self._left = world, faults, faults.budget
+        self._aimed_calls = 0
         self.seen: set[tuple[str, str]] = set()
 
     def decide(self, kind: str, key: str, number: int) -> tuple[str, int]:
@@ -185,6 +199,12 @@ class FaultPlan:
             at, after = faults.kill_at
             fault = ("kill_after" if after else "kill_before") if number == at else ""
             return fault, delay
+        call = f"{kind} {kind_of(key)}"
+        if faults.aimed is not None and call == faults.aimed[1]:
+            self._aimed_calls += 1
+            if self._aimed_calls == faults.aimed_skips + 1:
+                self.seen.add(faults.aimed)
+                return faults.aimed[0], delay
         draw = chance.random()
         for fault, share in (
             ("kill_before", faults.kill / 2),
@@ -197,7 +217,7 @@ class FaultPlan:
                 if self._left == 0:
                     return "", delay
                 self._left -= 1
-                self.seen.add((fault, f"{kind} {kind_of(key)}"))
+                self.seen.add((fault, call))
                 return fault, delay
             draw -= share
         return "", delay
@@ -207,5 +227,5 @@ def kind_of(key: str) -> str:
     """The sort of object that a key names."""
     if key.startswith("part-"):
         return "part"
-    name = key.removeprefix("_batchinfer/").partition("/")[0]
+    name = "input" if key.startswith("input-") else key.removeprefix("_batchinfer/").partition("/")[0]
     return "inflight" if key.endswith(".inflight.arrow") else name
