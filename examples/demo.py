@@ -75,7 +75,7 @@ def token_texts(token_ids: list[int]) -> list[str]:
     from batchinfer.engine.weights import find_model
 
     files = find_model(MODEL)
-    tokenizer = load_tokenizer(files, decoder_config(files).vocab_size)
+    tokenizer = load_tokenizer(files, decoder_config(MODEL, files.config).vocab_size)
     return [tokenizer.decode([token]) for token in token_ids]
 
 
