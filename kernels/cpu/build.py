@@ -16,29 +16,30 @@ from typing import Literal, get_args
 
 from batchinfer.kernels.ops import KernelsUnavailable
 
-Level = Literal["avx2", "avx512", "avx512_vnni", "avx512_bf16"]
+Level = Literal["avx2", "avx512", "avx512_bf16"]
 """Instruction sets that the kernels are written for, each including those before it."""
 
 # What /proc/cpuinfo calls the features of a level, beyond those of the level before it.
 _FEATURES: dict[Level, tuple[str, ...]] = {
     "avx2": ("avx2", "fma", "f16c"),
     "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
-    "avx512_vnni": ("avx512_vnni",),
     "avx512_bf16": ("avx512_bf16",),
 }
 # No contraction: a * b + c must round in the same way wherever the compiler places it.
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden")
 
 
-def levels(cpuinfo: str | None = None) -> tuple[Level, ...]:
-    """The levels that this CPU can run, lowest first; ``cpuinfo`` stands for /proc/cpuinfo in tests."""
-    if cpuinfo is None:
-        try:
-            cpuinfo = Path("/proc/cpuinfo").read_text()
-        except OSError:
-            return ()
-    line = next((line for line in cpuinfo.splitlines() if line.startswith("flags")), "")
-    flags = set(line.split())
+def cpu_flags() -> frozenset[str]:
+    """What /proc/cpuinfo says that this CPU can do; empty where there is no such file."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def levels(flags: frozenset[str]) -> tuple[Level, ...]:
+    """The levels that a CPU with these flags can run, lowest first."""
     able: list[Level] = []
     for level, features in _FEATURES.items():
         if not flags.issuperset(features):
@@ -73,7 +74,7 @@ def build(level: Level | None = None) -> ctypes.CDLL:
     Several processes may build at once: each publishes its own result by a rename. Raises
     KernelsUnavailable when the CPU is too old, there is no compiler, or the build fails.
     """
-    able = levels()
+    able = levels(cpu_flags())
     if not able:
         raise KernelsUnavailable(f"this CPU ({platform.machine()}) has no AVX2 with FMA.")
     level = level or able[-1]

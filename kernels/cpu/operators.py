@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from batchinfer.kernels.cpu.build import Level, build, levels
+from batchinfer.kernels.cpu.build import Level, build, cpu_flags
 from batchinfer.kernels.ops import AttentionBatch, KVCache, KVSpec, PackedLinear
 
 # The tokens of a block, BLOCK in cache.h.
@@ -86,8 +86,9 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "rotary_and_store": (None, (_Int, _Address, _Address, ctypes.POINTER(_Rotary), _CacheAt, _Int)),
     "rms_norm": (None, (_Int, *[_Address] * 5, _Long, _Long, _Float, _Int)),
     "gated_activation": (None, (_Int, _Address, _Address, _Long, _Long, _Int, _Int)),
-    "quantize_rows": (None, (_Int, *[_Address] * 3, _Long, _Long, _Int, _Int)),
-    "scale_rows": (None, (_Int, *[_Address] * 3, _Long, _Long, _Int)),
+    "most_rests": (_Long, (_Long,)),
+    "quantize_rows": (None, (_Int, *[_Address] * 5, _Long, _Long, _Int, _Int)),
+    "finish_rows": (None, (_Int, *[_Address] * 8, _Long, _Long, _Long, _Int)),
     "sample": (None, (*[_Address] * 5, _Long, _Long, _Int)),
 }
 
@@ -131,14 +132,18 @@ class CPULinear:
 
 @dataclass(frozen=True, slots=True)
 class Int8Linear:
-    """A weight in int8, a scale for each of its rows (output channels), packed by oneDNN.
+    """A weight in int8 with a scale for each output channel.
 
-    ``scales`` fp32 [out], ``zeros`` int32 [out], ``bias`` fp32 [out].
+    ``packed`` by oneDNN, and ``columns`` int8 [in, out] for the few inputs that stand out; ``scales``
+    fp32 [out], ``zeros`` int32 [out], ``bias`` fp32 [out]; ``rests`` is how many inputs of a row can
+    stand out.
     """
 
     out_features: int
     in_features: int
-    weight: torch.Tensor
+    packed: torch.Tensor
+    columns: torch.Tensor
+    rests: int
     scales: torch.Tensor
     zeros: torch.Tensor
     bias: torch.Tensor | None
@@ -182,7 +187,7 @@ class CPUOperators:
     def __init__(self, level: Level | None = None) -> None:
         self._library = _Library(level)
         # Without VNNI a product of bytes adds pairs in 16 bits, which 7-bit activations can't overflow.
-        self._byte_limit = 127 if "avx512_vnni" in levels() else 63
+        self._byte_limit = 127 if cpu_flags() & {"avx512_vnni", "avx_vnni"} else 63
         self._schedule: Schedule | None = None
 
     def block_size(self, spec: KVSpec) -> int:
@@ -222,7 +227,7 @@ class CPUOperators:
         input. Raises ValueError for another one.
         """
         if quantize == "int8":
-            return _pack_int8(weight, bias)
+            return self._pack_int8(weight, bias)
         if quantize is not None:
             raise ValueError(f"the cpu operators quantize weights to int8, not to {quantize}.")
         out_features, in_features = weight.shape
@@ -253,50 +258,75 @@ class CPUOperators:
             y = torch.nn.functional.linear(x, weight.weight, weight.bias)
         return y if y.dtype == given else y.to(given)
 
+    def _pack_int8(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Int8Linear:
+        wide = weight.float()
+        scales = (wide.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        whole = (wide / scales[:, None]).round().to(torch.int8)
+        return Int8Linear(
+            weight.shape[0],
+            weight.shape[1],
+            torch.ops.onednn.qlinear_prepack(whole, None),
+            whole.t().contiguous(),
+            self._library.most_rests(weight.shape[1]),
+            scales,
+            torch.zeros(len(scales), dtype=torch.int32),
+            None if bias is None else bias.float().contiguous(),
+        )
+
     def _linear_int8(self, x: torch.Tensor, weight: Int8Linear) -> torch.Tensor:
         x = x.contiguous()
         rows, size = x.shape
-        dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+        out = x.new_empty(rows, weight.out_features)
         if rows == 0:
-            return x.new_empty(0, weight.out_features)
+            return out
         threads = torch.get_num_threads()
         whole = torch.empty(rows, size, dtype=torch.uint8)
         scales = torch.empty(rows)
+        rests = torch.empty(rows, weight.rests, dtype=torch.int64)
+        counts = torch.empty(rows, dtype=torch.int32)
         self._library.quantize_rows(
             _TYPES[x.dtype],
             x.data_ptr(),
             whole.data_ptr(),
             scales.data_ptr(),
+            rests.data_ptr(),
+            counts.data_ptr(),
             rows,
             size,
             self._byte_limit,
             threads,
         )
-        y: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
+        product = torch.ops.onednn.qlinear_pointwise(
             whole,
             1.0,
             self._byte_limit + 1,
-            weight.weight,
+            weight.packed,
             weight.scales,
             weight.zeros,
             None,
             1.0,
             0,
-            dtype,
+            torch.float32,
             "none",
             [],
             "",
         )
-        self._library.scale_rows(
-            _TYPES[dtype],
-            y.data_ptr(),
+        self._library.finish_rows(
+            _TYPES[x.dtype],
+            product.data_ptr(),
+            out.data_ptr(),
             scales.data_ptr(),
+            rests.data_ptr(),
+            counts.data_ptr(),
+            weight.columns.data_ptr(),
+            weight.scales.data_ptr(),
             None if weight.bias is None else weight.bias.data_ptr(),
             rows,
             weight.out_features,
+            size,
             threads,
         )
-        return y if y.dtype == x.dtype else y.to(x.dtype)
+        return out
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Over the last dimension, in fp32 inside."""
@@ -452,21 +482,6 @@ class CPUOperators:
             torch.get_num_threads(),
         )
         return tokens
-
-
-def _pack_int8(weight: torch.Tensor, bias: torch.Tensor | None) -> Int8Linear:
-    wide = weight.float()
-    scales = (wide.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-    whole = (wide / scales[:, None]).round().to(torch.int8)
-    packed = torch.ops.onednn.qlinear_prepack(whole, None)
-    return Int8Linear(
-        weight.shape[0],
-        weight.shape[1],
-        packed,
-        scales,
-        torch.zeros(len(scales), dtype=torch.int32),
-        None if bias is None else bias.float().contiguous(),
-    )
 
 
 def load(level: Level | None = None) -> CPUOperators:

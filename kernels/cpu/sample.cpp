@@ -72,14 +72,30 @@ inline Floats gumbel(Ints word) {
     return splat(0) - logarithm(splat(0) - inner);
 }
 
+// The first token whose logit is not a number, or -1.
+int64_t first_nan(const float* logits, int64_t size) {
+    for (int64_t i = 0; i < size; i++)
+        if (std::isnan(logits[i])) return i;
+    return -1;
+}
+
+// The lowest token of the largest logit, or the first that is not a number.
 int64_t argmax(const float* logits, int64_t size) {
-    float best = -INFINITY;
     int64_t i = 0;
-    Floats top[4] = {splat(best), splat(best), splat(best), splat(best)};
+    float best = -INFINITY;
+    Floats top[4] = {splat(best), splat(best), splat(best), splat(best)}, poison = splat(0);
     for (; i + 4 * LANES <= size; i += 4 * LANES)
-        for (int j = 0; j < 4; j++) top[j] = maximum(load(logits + i + j * LANES), top[j]);
+        for (int j = 0; j < 4; j++) {
+            Floats x = load(logits + i + j * LANES);
+            top[j] = maximum(x, top[j]);
+            poison = maximum(poison, is_nan(x));
+        }
     best = largest(maximum(maximum(top[0], top[1]), maximum(top[2], top[3])));
-    for (; i < size; i++) best = std::max(best, logits[i]);
+    for (; i < size; i++) {
+        if (std::isnan(logits[i])) return first_nan(logits, size);
+        best = std::max(best, logits[i]);
+    }
+    if (largest(poison) > 0) return first_nan(logits, size);
     for (i = 0; i + LANES <= size; i += LANES)
         if (any_at_least(load(logits + i), splat(best))) break;
     for (; i < size; i++)
@@ -93,7 +109,7 @@ int64_t noisy_argmax(const float* logits, int64_t size, float temperature, const
     if (int64_t(memory.size()) < rounds * 4 * LANES) memory.resize(rounds * 4 * LANES);
     float* scores = memory.data();
     uint32_t key0 = uint32_t(key[0]), key1 = uint32_t(key[1]), place = uint32_t(position);
-    Floats inverse = splat(1.0f / temperature), top = splat(-INFINITY), size_of = splat(0);
+    Floats inverse = splat(1.0f / temperature), top = splat(-INFINITY), size_of = splat(0), poison = splat(0);
     for (int64_t r = 0; r < rounds; r++) {
         Words words = philox(place, uint32_t(r * LANES), key0, key1);
         // Word j of quad q is token 4 q + j: transpose through memory.
@@ -105,6 +121,7 @@ int64_t noisy_argmax(const float* logits, int64_t size, float temperature, const
             int64_t at = r * 4 * LANES + j * LANES;
             int left = int(std::clamp<int64_t>(size - at, 0, LANES));
             Floats x = left == LANES ? load(logits + at) : load_some(logits + at, left);
+            poison = maximum(poison, is_nan(x));
             Floats s = fma(x, inverse, load(lanes + j * LANES));
             s = within(s, splat(-INFINITY), iota(), 0, left);
             store(scores + at, s);
@@ -114,6 +131,7 @@ int64_t noisy_argmax(const float* logits, int64_t size, float temperature, const
             size_of = maximum(size_of, if_less(a, splat(INFINITY), a, splat(0)));
         }
     }
+    if (largest(poison) > 0) return first_nan(logits, size);
     float best = largest(top);
     if (best == -INFINITY) return 0;
     // fp32 rounds logits / temperature to a few parts in 2^24 of its size; the noise is within 1e-5, and below 20.

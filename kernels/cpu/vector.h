@@ -57,6 +57,8 @@ inline Floats within(Floats x, Floats other, Ints index, int32_t low, int32_t hi
 inline Floats if_less(Floats a, Floats b, Floats x, Floats other) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), other, x);
 }
+// 1 in the lanes that are not numbers, else 0.
+inline Floats is_nan(Floats x) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), splat(1.0f)); }
 // Whether a lane is at least b.
 inline bool any_at_least(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ) != 0; }
 inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
@@ -123,6 +125,8 @@ inline Floats within(Floats x, Floats other, Ints index, int32_t low, int32_t hi
 inline Floats if_less(Floats a, Floats b, Floats x, Floats other) {
     return _mm256_blendv_ps(other, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
 }
+// 1 in the lanes that are not numbers, else 0.
+inline Floats is_nan(Floats x) { return _mm256_and_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q), splat(1.0f)); }
 // Whether a lane is at least b.
 inline bool any_at_least(Floats a, Floats b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)) != 0; }
 inline float sum(Floats x) {
