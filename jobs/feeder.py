@@ -11,7 +11,6 @@ import pyarrow as pa
 from batchinfer.connectors.batches import RowBatch
 from batchinfer.connectors.types import BadRow, Split
 from batchinfer.engine.types import Request, SamplingParams
-from batchinfer.jobs.bench import Bench
 from batchinfer.jobs.claims import Claims, Lease
 from batchinfer.jobs.folder import JobFolder, ShardName
 from batchinfer.jobs.open_shard import OpenShard
@@ -19,6 +18,7 @@ from batchinfer.jobs.progress import ProgressWriter, read_progress
 from batchinfer.jobs.records import Failure, input_as_json
 from batchinfer.jobs.samples import SampleKey
 from batchinfer.jobs.types import RowError, Shard
+from batchinfer.jobs.workbench import Workbench
 
 FIRST_PATIENCE = 1.0
 PATIENCE_GROWTH = 1.5
@@ -44,7 +44,7 @@ class Feeder:
     """Keeps the bench supplied: claims a shard, reads what is known of it, and queues the rest."""
 
     def __init__(
-        self, folder: JobFolder, bench: Bench, claims: Claims, work: Work, worker: str, patience: float
+        self, folder: JobFolder, bench: Workbench, claims: Claims, work: Work, worker: str, patience: float
     ) -> None:
         self._folder = folder
         self._bench = bench

@@ -6,11 +6,11 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from batchinfer.jobs.bench import Bench
 from batchinfer.jobs.claims import RENEWALS_PER_LEASE, Claims
 from batchinfer.jobs.clock import Clock
 from batchinfer.jobs.folder import JobFolder
 from batchinfer.jobs.records import WorkerRecord, WorkerState
+from batchinfer.jobs.workbench import Workbench
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Heartbeat:
     whoever is about to publish rows, so that a durable bill always covers the rows in storage.
     """
 
-    def __init__(self, folder: JobFolder, bench: Bench, clock: Clock, first: WorkerRecord) -> None:
+    def __init__(self, folder: JobFolder, bench: Workbench, clock: Clock, first: WorkerRecord) -> None:
         self.life = Life("starting")
         self._folder = folder
         self._bench = bench
@@ -76,7 +76,7 @@ class Renewer:
     def __init__(
         self,
         folder: JobFolder,
-        bench: Bench,
+        bench: Workbench,
         clock: Clock,
         claims: Claims,
         heartbeat: Heartbeat,

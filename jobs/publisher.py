@@ -6,13 +6,13 @@ import logging
 
 import pyarrow as pa
 
-from batchinfer.jobs.bench import Bench
 from batchinfer.jobs.clock import Clock
 from batchinfer.jobs.commit import commit
 from batchinfer.jobs.folder import JobFolder
 from batchinfer.jobs.heartbeat import Heartbeat
 from batchinfer.jobs.open_shard import OpenShard
 from batchinfer.jobs.progress import delete_progress
+from batchinfer.jobs.workbench import Workbench
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class Publisher:
     def __init__(
         self,
         folder: JobFolder,
-        bench: Bench,
+        bench: Workbench,
         clock: Clock,
         heartbeat: Heartbeat,
         schema: pa.Schema,

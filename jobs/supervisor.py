@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from batchinfer.connectors.types import StorageError, TransientStorageError
-from batchinfer.jobs.bench import Bench, StopReason
 from batchinfer.jobs.claims import LEASE_SECONDS, RENEWALS_PER_LEASE, Claims
 from batchinfer.jobs.clock import Clock, Thread
 from batchinfer.jobs.cost import Ledger, settle, summary
@@ -36,6 +35,7 @@ from batchinfer.jobs.link import (
 from batchinfer.jobs.publisher import Publisher
 from batchinfer.jobs.records import WorkerRecord, WorkerState
 from batchinfer.jobs.types import JobError
+from batchinfer.jobs.workbench import StopReason, Workbench
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class Supervisor:
         self._shards, self._n = len(work.shards), work.sampling.n
         self._start_engine = start_engine
         worker, price = record.worker, record.usd_per_hour
-        self.bench = Bench(clock, Ledger(started_ns), worker, price, pace.read_ahead)
+        self.bench = Workbench(clock, Ledger(started_ns), worker, price, pace.read_ahead)
         self._heartbeat = Heartbeat(folder, self.bench, clock, record)
         self._claims = Claims(
             folder, list(work.shards), worker, self._heartbeat.now, pace.lease, record.index

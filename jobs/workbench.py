@@ -26,7 +26,7 @@ SNAPSHOT_NS = 60_000_000_000
 QUEUE_BYTES = 64 << 20
 
 
-class Bench:
+class Workbench:
     """Open shards, requests that wait for the engine, and rows in it.
 
     Every method takes the condition ``changed`` and never waits for storage while holding it.
