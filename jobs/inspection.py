@@ -84,6 +84,8 @@ def inspect_model(spec: JobSpec) -> InspectedModel:
 
 def _check_formats(spec: JobSpec, num_kv_heads: int, head_size: int) -> None:
     """Try the spec's quantization and KV dtype on this machine, whose workers the local backend starts."""
+    if spec.model.quantize is None and spec.model.kv_dtype in ("auto", "bf16"):
+        return
     import torch
 
     from batchinfer.kernels.ops import KernelsUnavailable, KVSpec, operators_for

@@ -16,7 +16,7 @@ from batchinfer.connectors.inputs import ObjectFile
 from batchinfer.connectors.storage import join_uri, normalize_uri, open_store, protocol_of
 from batchinfer.jobs.cost import Settlement
 from batchinfer.jobs.folder import JobFolder, ShardName
-from batchinfer.jobs.records import FAILURES_SCHEMA, JobRecord
+from batchinfer.jobs.records import FAILURES_SCHEMA, JobRecord, WorkerRecord
 from batchinfer.jobs.status import JobStatus, StatusReader
 from batchinfer.jobs.types import JobError
 
@@ -51,6 +51,10 @@ class Job:
     def status(self) -> JobStatus:
         """Where the job stands now."""
         return self._status.read()
+
+    def workers(self) -> tuple[WorkerRecord, ...]:
+        """The last heartbeat of every worker that the job has had."""
+        return tuple(record for record, _ in self._folder.read_workers())
 
     def bill(self) -> Settlement:
         """What the job has cost so far, and for what."""

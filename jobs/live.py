@@ -16,8 +16,9 @@ from batchinfer.jobs.job import Job
 from batchinfer.jobs.status import JobStatus
 from batchinfer.jobs.view import status_line, status_lines
 
-REFRESH_SECONDS = 1.0
+REFRESH_SECONDS = 2.0
 LINE_SECONDS = 10.0
+_WAKE_SECONDS = 0.1
 
 
 def follow(job: Job, workers: LocalWorkers | None = None) -> JobStatus:
@@ -76,4 +77,6 @@ def _until_over(
         show(status)
         if status.over if more is None else not more:
             return status
-        time.sleep(REFRESH_SECONDS)
+        deadline = time.monotonic() + REFRESH_SECONDS
+        while time.monotonic() < deadline and (running is None or running()):
+            time.sleep(_WAKE_SECONDS)

@@ -221,6 +221,17 @@ class WorkersSpec(Part):
         default_factory=dict, description="further settings of the backend"
     )
 
+    @model_validator(mode="after")
+    def _what_the_backend_knows(self) -> Self:
+        for name in ("memory", "image", "options"):
+            if getattr(self, name):
+                raise _error(
+                    f"means nothing to the backend {self.backend}, whose workers share out this machine: "
+                    "remove it",
+                    field=name,
+                )
+        return self
+
 
 class PriceSpec(Part):
     """What a worker costs."""

@@ -39,10 +39,11 @@ class JobStatus:
 
     Rows are input rows: ``rows_answered`` have all their samples, ``rows_failed`` are among the
     failures, counted by code in ``failures``; rows of open shards that their workers have saved are
-    counted with those of committed parts. Tokens are of committed parts. ``tokens_per_second`` are
-    completion tokens of the workers alive, since each had its engine; ``eta_seconds`` is None while
-    nothing tells. ``usd`` is what all workers cost up to their last heartbeat, None without a price.
-    ``message`` says in one sentence why a job failed or stalled and what to do.
+    counted with those of committed parts. Tokens are those of the answers; while shards are open, what
+    the workers say that they had of them. ``tokens_per_second`` are completion tokens of the workers
+    alive, since each had its engine; ``eta_seconds`` is None while nothing tells. ``usd`` is what all
+    workers cost up to their last heartbeat, None without a price. ``message`` says in one sentence why
+    a job failed or stalled and what to do.
     """
 
     uri: str
@@ -117,6 +118,13 @@ class StatusReader:
         settlement = settle((record for record, _ in workers), self._footers.values())
         alive = list(self._alive(workers))
         done = len(self._footers)
+        tokens = [settlement.prompt_tokens, settlement.cached_tokens, settlement.completion_tokens]
+        if done < self.record.shards:
+            said = [
+                (worker.prompt_tokens, worker.cached_tokens, worker.completion_tokens)
+                for worker, _ in workers
+            ]
+            tokens = [max(sure, sum(column)) for sure, *column in zip(tokens, *said, strict=True)]
         rows_failed = sum(failures.values())
         state, message, exit_code = self._state(done, control.state == "cancel", alive, workers)
         rows_left = self.record.rows - answered - rows_failed
@@ -133,9 +141,9 @@ class StatusReader:
             rows_answered=answered,
             rows_failed=rows_failed,
             failures=dict(sorted(failures.items())),
-            prompt_tokens=settlement.prompt_tokens,
-            cached_tokens=settlement.cached_tokens,
-            completion_tokens=settlement.completion_tokens,
+            prompt_tokens=tokens[0],
+            cached_tokens=tokens[1],
+            completion_tokens=tokens[2],
             tokens_per_second=sum(_per_second(record, record.completion_tokens) for record in alive),
             eta_seconds=rows_left / pace if pace and state == "running" else None,
             usd=settlement.usd,

@@ -53,7 +53,7 @@ def start_workers(submitted: Submitted, attached: bool) -> LocalWorkers:
     Attached ones end with this process, others outlive it.
     """
     spec, workers = submitted.spec, submitted.spec.workers
-    there = sum(runs_here(record) is True for record in submitted.job.status().workers)
+    there = sum(runs_here(record) is True for record in submitted.job.workers())
     return start_local_workers(
         submitted.job.uri,
         max(0, workers.count - there),

@@ -70,14 +70,12 @@ def status_lines(status: JobStatus) -> list[str]:
     ]
     if status.failures:
         codes = ", ".join(f"{code} {count:,}" for code, count in status.failures.items())
-        lines.append(_line("failed", f"{status.rows_failed:,} rows: {codes}"))
-    lines.append(
-        _line(
-            "tokens",
-            f"{status.prompt_tokens:,} in ({status.cached_tokens:,} of them cached), "
-            f"{status.completion_tokens:,} out, {status.tokens_per_second:,.1f} out a second",
-        )
-    )
+        lines.append(_line("failed", f"{_count(status.rows_failed, 'row')}: {codes}"))
+    tokens = f"{status.prompt_tokens:,} in ({status.cached_tokens:,} of them cached), "
+    tokens += f"{status.completion_tokens:,} out"
+    if status.tokens_per_second:
+        tokens += f", {status.tokens_per_second:,.1f} out a second"
+    lines.append(_line("tokens", tokens))
     if status.usd is not None and status.workers:
         expected = status.usd / share if share else None
         more = f", about {money(expected)} at the end" if expected and not status.over else ""

@@ -137,7 +137,7 @@ def setting(
             process.kill()
         process.wait()
     if "://" not in made.out and (tmp_path / "out" / "_batchinfer" / "job.json").exists():
-        for record in batchinfer.Job(made.out).status().workers:
+        for record in batchinfer.Job(made.out).workers():
             if runs_here(record):
                 os.kill(record.pid, signal.SIGKILL)
 
@@ -265,7 +265,7 @@ def test_a_submit_that_is_killed_is_resumed_by_the_next(setting: Setting) -> Non
     until(lambda: len(list(folder.glob("_batchinfer/progress/*/*.arrow"))) >= 2, "some progress")
     first.kill()
     first.wait(WAIT)
-    workers = batchinfer.Job(setting.out).status().workers
+    workers = batchinfer.Job(setting.out).workers()
     until(lambda: not any(runs_here(worker) for worker in workers), "the workers to leave")
     assert len(list(folder.glob("*.parquet"))) < 8
     setting.slow(0.0)

@@ -116,7 +116,7 @@ def test_submitting_the_same_again_resumes_with_the_stored_plan(setting: Setting
     ("override", "control"),
     [
         ("workers.count=7", {"workers": 7, "usd_per_hour": None}),
-        ("workers.memory=1GiB", {"workers": None, "usd_per_hour": None}),
+        ("workers.cpus=2.5", {"workers": None, "usd_per_hour": None}),
         ("price.usd_per_hour=3.5", {"workers": None, "usd_per_hour": 3.5}),
     ],
 )
