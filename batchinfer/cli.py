@@ -63,6 +63,7 @@ def command(function: Callable[P, int | None]) -> Callable[P, NoReturn]:
     def run(*args: P.args, **kwargs: P.kwargs) -> NoReturn:
         try:
             code = function(*args, **kwargs) or 0
+            sys.stdout.flush()
         except typer.BadParameter:
             raise  # wrong usage: exit code 2
         except BrokenPipeError:

@@ -307,6 +307,16 @@ def test_help_is_fast_because_it_imports_little() -> None:
     assert ran.stderr.strip() == "[]"
 
 
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "batchinfer", "schema"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
+
+
 def test_the_package_is_lazy() -> None:
     code = (
         "import sys, batchinfer\n"
