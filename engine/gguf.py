@@ -6,6 +6,7 @@ permuted query and key rows, its norms with one added. Out come Hugging Face's t
 
 from __future__ import annotations
 
+import mmap
 import re
 import struct
 from dataclasses import dataclass
@@ -53,9 +54,11 @@ class GGUFFile:
         self.path = path
         if path.stat().st_size < 24:
             raise ModelError(f"{path} is no GGUF file: it has {path.stat().st_size} bytes.")
-        self._data = np.memmap(path, np.uint8, "r")
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._data = np.frombuffer(self._map, np.uint8)
         self._at = 24
-        magic, version, tensor_count, key_count = struct.unpack("<4sIQQ", self._data[:24].tobytes())
+        magic, version, tensor_count, key_count = struct.unpack_from("<4sIQQ", self._map)
         if magic != b"GGUF":
             raise ModelError(f"{path} is no GGUF file: it begins with {magic!r}.")
         if version not in (2, 3):
@@ -75,7 +78,7 @@ class GGUFFile:
     @property
     def header_bytes(self) -> bytes:
         """Everything before the tensor data: metadata and the tensor table."""
-        return self._data[: self._at].tobytes()
+        return self._map[: self._at]
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor called ``name`` as fp32."""
@@ -104,18 +107,25 @@ class GGUFFile:
                 )
 
     def _take(self, form: str) -> Any:
-        size = struct.calcsize(form)
-        (value,) = struct.unpack(form, self._data[self._at : self._at + size].tobytes())
-        self._at += size
+        (value,) = struct.unpack_from(form, self._map, self._at)
+        self._at += struct.calcsize(form)
         return value
 
     def _string(self) -> str:
-        length = self._take("<Q")
-        if length > len(self._data) - self._at:
-            raise ValueError("a string runs past the end")
-        text = self._data[self._at : self._at + length].tobytes().decode("utf-8", errors="replace")
-        self._at += length
-        return text
+        return self._strings(1)[0]
+
+    def _strings(self, count: int) -> list[str]:
+        """``count`` strings in a row: a vocabulary has a hundred thousand, read at every start."""
+        data, at, texts = self._map, self._at, []
+        for _ in range(count):
+            (length,) = struct.unpack_from("<Q", data, at)
+            at += 8
+            if length > len(data) - at:
+                raise ValueError("a string runs past the end")
+            texts.append(data[at : at + length].decode("utf-8", errors="replace"))
+            at += length
+        self._at = at
+        return texts
 
     def _value(self, kind: int | None = None) -> Any:
         kind = self._take("<I") if kind is None else kind
@@ -124,7 +134,9 @@ class GGUFFile:
         if kind != _ARRAY:
             return self._take(_SCALARS[kind])
         kind, count = self._take("<I"), self._take("<Q")
-        if kind in (_STRING, _ARRAY):
+        if kind == _STRING:
+            return self._strings(count)
+        if kind == _ARRAY:
             return [self._value(kind) for _ in range(count)]
         form = np.dtype(_SCALARS[kind])
         values = self._data[self._at : self._at + count * form.itemsize]
