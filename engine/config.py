@@ -12,7 +12,7 @@ class EngineConfig:
 
     ``model`` is a local folder, a GGUF file, ``package://NAME/FILE``, or a Hugging Face id.
     ``max_context`` None takes the model's own limit. ``kv_bytes`` None sizes the KV cache from the
-    memory there is, times ``memory_share`` (several workers on one host divide it).
+    memory there is (on a host two fifths of it), times ``memory_share``: workers on one host divide it.
     ``max_batch_tokens`` bounds the tokens of one step, ``max_sequences`` the rows on the device.
     ``steps_in_flight`` 1 waits for each step before planning the next, 2 plans step N+1 while N runs,
     more only delays results further (for tests). ``window`` is how many requests are read ahead to be

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from batchinfer.engine.config import EngineConfig
-from batchinfer.engine.memory import CacheSize, available_host_memory, cache_size
+from batchinfer.engine.memory import CacheSize, cache_size, host_memory
 from batchinfer.engine.models.decoder import Decoder, DecoderConfig
 from batchinfer.engine.models.registry import decoder_config
 from batchinfer.engine.rates import measure_costs
@@ -21,6 +21,9 @@ from batchinfer.kernels.ops import AttentionBatch, KernelsUnavailable, KVSpec, O
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _STORED_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _KV_DTYPES = {**_DTYPES, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+# The most of a host's memory that its KV caches may take: blocks are kept for as long as there is room.
+_HOST_PART = 0.4
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +148,9 @@ def _size_cache(
     elif decoder.device.type == "cuda":
         available = _free_after_peak(config, model, decoder, ops, spec)
     else:
-        available = int(available_host_memory() * config.memory_share)
+        # Of the whole, so that two runs size it alike; a host's memory is not the engine's alone.
+        memory = host_memory()
+        available = int(min(memory.total * _HOST_PART, memory.available) * config.memory_share)
     return cache_size(
         available_bytes=available,
         block_bytes=ops.block_bytes(spec),

@@ -52,25 +52,35 @@ def cache_size(
     return CacheSize(min(fitting, max_sequences * per_sequence), context)
 
 
-def available_host_memory(
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """Bytes that a process may take in all, and those that are left now."""
+
+    total: int
+    available: int
+
+
+def host_memory(
     meminfo: Path = Path("/proc/meminfo"),
     own_cgroups: Path = Path("/proc/self/cgroup"),
     cgroup_root: Path = Path("/sys/fs/cgroup"),
-) -> int:
-    """Bytes that this process may still take: the machine's, or less where a cgroup limits it.
+) -> HostMemory:
+    """The machine's memory, or less where a cgroup limits it.
 
-    Page cache counts as available in both. Raises ModelError where the system does not say.
+    Page cache counts as available. Raises ModelError where the system does not say.
     """
     try:
-        line = next(x for x in meminfo.read_text().splitlines() if x.startswith("MemAvailable:"))
-    except (OSError, StopIteration) as error:
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        total, available = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    except (OSError, KeyError, ValueError) as error:
         raise ModelError("This system does not say how much memory it has; set kv_bytes.") from error
-    machine = int(line.split()[1]) * 1024
-    return min([machine, *_cgroup_memory(own_cgroups, cgroup_root)])
+    for group in _cgroup_memory(own_cgroups, cgroup_root):
+        total, available = min(total, group.total), min(available, group.available)
+    return HostMemory(total, available)
 
 
-def _cgroup_memory(own_cgroups: Path, root: Path) -> Iterator[int]:
-    """What every limit above this process leaves, for cgroups of version 1 and 2."""
+def _cgroup_memory(own_cgroups: Path, root: Path) -> Iterator[HostMemory]:
+    """Every limit above this process and what it leaves, for cgroups of version 1 and 2."""
     try:
         lines = own_cgroups.read_text().splitlines()
     except OSError:
@@ -94,7 +104,7 @@ def _cgroup_memory(own_cgroups: Path, root: Path) -> Iterator[int]:
                 break
 
 
-def _left_in_group(limit: Path, usage: Path, stat: Path, cache: str) -> int | None:
+def _left_in_group(limit: Path, usage: Path, stat: Path, cache: str) -> HostMemory | None:
     try:
         most, used = limit.read_text().strip(), int(usage.read_text())
         entries = dict(line.split(maxsplit=1) for line in stat.read_text().splitlines())
@@ -102,4 +112,4 @@ def _left_in_group(limit: Path, usage: Path, stat: Path, cache: str) -> int | No
         return None
     if most == "max":
         return None
-    return int(most) - used + int(entries.get(cache, 0))
+    return HostMemory(int(most), int(most) - used + int(entries.get(cache, 0)))

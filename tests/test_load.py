@@ -14,6 +14,7 @@ import transformers
 import batchinfer.engine.load as loading
 from batchinfer.engine.config import EngineConfig
 from batchinfer.engine.load import load
+from batchinfer.engine.memory import HostMemory
 from batchinfer.engine.types import ModelError
 
 TOKENS = ["<s>", "</s>", "the", "cat", "sat", "on", "mat", "."]
@@ -123,11 +124,13 @@ def test_tied_models_may_hold_their_head_twice(folder: Path) -> None:
 
 
 def test_the_share_of_memory_sizes_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "available_host_memory", lambda: 400_000)
+    monkeypatch.setattr(loading, "host_memory", lambda: HostMemory(9_000_000, 400_000))
     whole = load(config_of(folder, memory_share=1.0))
     half = load(config_of(folder, memory_share=0.5))
     assert whole.runner.num_blocks == 400_000 // (16 * 64)
     assert half.runner.num_blocks == 200_000 // (16 * 64)
+    monkeypatch.setattr(loading, "host_memory", lambda: HostMemory(500_000, 400_000))
+    assert load(config_of(folder, memory_share=1.0)).runner.num_blocks == 200_000 // (16 * 64)
 
 
 def test_on_a_gpu_the_cache_takes_what_weights_and_the_largest_step_leave(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchinfer.engine.memory import available_host_memory, cache_size
+from batchinfer.engine.memory import HostMemory, cache_size, host_memory
 from batchinfer.engine.types import ModelError
 
 GIB = 1 << 30
@@ -20,7 +20,7 @@ def write(path: Path, text: str) -> None:
 
 
 def machine(tmp_path: Path, own: str) -> dict[str, Path]:
-    write(tmp_path / "meminfo", f"MemTotal: 99 kB\nMemAvailable:   {8 * GIB // 1024} kB\n")
+    write(tmp_path / "meminfo", f"MemTotal: {9 * GIB // 1024} kB\nMemAvailable:   {8 * GIB // 1024} kB\n")
     write(tmp_path / "cgroup", own)
     return {
         "meminfo": tmp_path / "meminfo",
@@ -41,11 +41,12 @@ def group(folder: Path, limit: str, used: int, cache: int, version: int = 2) -> 
 
 def test_without_limits_it_is_what_the_machine_has(tmp_path: Path) -> None:
     places = machine(tmp_path, "0::/a/b\n")
-    assert available_host_memory(**places) == 8 * GIB
+    assert host_memory(**places).available == 8 * GIB
     group(tmp_path / "fs" / "a", "max", 5, 0)
-    assert available_host_memory(**places) == 8 * GIB
+    assert host_memory(**places).available == 8 * GIB
+    assert host_memory(**places).total == 9 * GIB
     (tmp_path / "cgroup").unlink()
-    assert available_host_memory(**places) == 8 * GIB
+    assert host_memory(**places).available == 8 * GIB
 
 
 @pytest.mark.parametrize("folder", ["a/b", "a", ""])
@@ -53,21 +54,21 @@ def test_the_tightest_limit_above_the_process_counts(tmp_path: Path, folder: str
     places = machine(tmp_path, "0::/a/b\n")
     group(tmp_path / "fs" / "a" / "b", str(7 * GIB), 0, 0)
     group(tmp_path / "fs" / folder, str(3 * GIB), 2 * GIB, GIB // 2)
-    assert available_host_memory(**places) == 3 * GIB - 2 * GIB + GIB // 2
+    assert host_memory(**places) == HostMemory(3 * GIB, 3 * GIB - 2 * GIB + GIB // 2)
 
 
 def test_the_first_version_of_cgroups(tmp_path: Path) -> None:
     places = machine(tmp_path, "12:cpu,cpuacct:/x\n4:memory:/docker/7\n0::/\n")
     group(tmp_path / "fs" / "memory", str(2**63 - 4096), 0, 0, version=1)
-    assert available_host_memory(**places) == 8 * GIB
+    assert host_memory(**places).available == 8 * GIB
     # Inside a container the path is the host's and only the root of the mount is there.
     group(tmp_path / "fs" / "memory", str(2 * GIB), GIB, 0, version=1)
-    assert available_host_memory(**places) == GIB
+    assert host_memory(**places).available == GIB
 
 
 def test_systems_that_do_not_say_ask_for_kv_bytes(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="set kv_bytes"):
-        available_host_memory(meminfo=tmp_path / "none")
+        host_memory(meminfo=tmp_path / "none")
 
 
 @given(

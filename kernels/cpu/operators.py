@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
+import mmap
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +83,6 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "make_schedule": (_Address, (ctypes.POINTER(_Batch),)),
     "free_schedule": (None, (_Address,)),
     "shared_tiles": (_Long, (_Address,)),
-    "prefer_huge_pages": (None, (_Address, _Long)),
     "attention": (None, (ctypes.POINTER(_Attention),)),
     "rotary_and_store": (None, (_Int, _Address, _Address, ctypes.POINTER(_Rotary), _CacheAt, _Int)),
     "rms_norm": (None, (_Int, *[_Address] * 5, _Long, _Long, _Float, _Int)),
@@ -200,14 +201,19 @@ class CPUOperators:
         return 2 * spec.num_layers * spec.num_kv_heads * padded * spec.dtype.itemsize * _BLOCK
 
     def allocate_kv(self, spec: KVSpec, num_blocks: int, device: torch.device) -> CPUKVCache:
-        """Zeroed blocks. Raises ValueError for a dtype that they can't hold."""
+        """Zeroed blocks, which take memory as they are first written to: pages of a new mapping.
+
+        Raises ValueError for a dtype that they can't hold.
+        """
         if spec.dtype not in _TYPES:
             raise ValueError(f"The cpu operators keep no KV cache of {spec.dtype}.")
         if spec.head_size % 2 or spec.head_size > 1024:
             raise ValueError(f"The cpu operators need an even head size up to 1024, not {spec.head_size}.")
-        elements = num_blocks * self.block_bytes(spec) // spec.dtype.itemsize
-        data = torch.zeros(elements, dtype=spec.dtype, device=device)
-        self._library.prefer_huge_pages(data.data_ptr(), data.nbytes)
+        # Pages of the system's are zero at their first use, where torch.zeros would write them all now.
+        # Huge ones, since a step's blocks lie scattered over more small pages than are looked up fast.
+        pages = mmap.mmap(-1, max(1, num_blocks * self.block_bytes(spec)))
+        pages.madvise(mmap.MADV_HUGEPAGE)
+        data = torch.frombuffer(pages, dtype=spec.dtype)
         view = _Cache(
             data.data_ptr(),
             num_blocks,
