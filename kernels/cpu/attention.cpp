@@ -1,6 +1,4 @@
 // Paged attention of a mixed step: prefill and decode rows alike, softmax in fp32.
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -318,14 +316,6 @@ struct Attention {
 };
 
 }  // namespace
-
-// Ask for huge pages before the first touch: a step's blocks lie scattered over more small pages than are looked up fast.
-EXPORTED void batchinfer_prefer_huge_pages(void* data, int64_t bytes) {
-    constexpr uintptr_t page = 2 << 20;
-    uintptr_t first = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
-    uintptr_t last = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) / page * page;
-    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-}
 
 // q and out [tokens, num_heads, head_size].
 EXPORTED void batchinfer_attention(const Call* call) {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import mmap
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,7 +210,7 @@ class CPUOperators:
             raise ValueError(f"The cpu operators need an even head size up to 1024, not {spec.head_size}.")
         # Pages of the system's are zero at their first use, where torch.zeros would write them all now.
         # Huge ones, since a step's blocks lie scattered over more small pages than are looked up fast.
-        pages = mmap.mmap(-1, max(1, num_blocks * self.block_bytes(spec)))
+        pages = mmap.mmap(-1, num_blocks * self.block_bytes(spec))
         pages.madvise(mmap.MADV_HUGEPAGE)
         data = torch.frombuffer(pages, dtype=spec.dtype)
         view = _Cache(
