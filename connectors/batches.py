@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,14 @@ class RowBatch:
         if next_bad is not None:
             yield next_bad
             yield from bad
+
+    def only(self, wanted: Collection[int]) -> RowBatch:
+        """The rows whose positions in the whole input are ``wanted``."""
+        places = [place for place, index in enumerate(self.indices) if index in wanted]
+        # A batch without columns can't be told how many rows it has.
+        batch = self.batch.take(pa.array(places, pa.int64())) if self.batch.num_columns else self.batch
+        bad = tuple(row for row in self.bad if row.index in wanted)
+        return RowBatch([self.indices[place] for place in places], batch, bad)
 
 
 class _Columns:

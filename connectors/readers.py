@@ -18,13 +18,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import PurePath
 from typing import Literal
 
 import pyarrow as pa
 
-from batchinfer.connectors import csv, jsonl, parquet
+from batchinfer.connectors import csv, jsonl, openai, parquet
 from batchinfer.connectors.batches import Record, RowBatch, batches_of_records, selected
 from batchinfer.connectors.inputs import InputObject, ObjectFile, list_inputs, open_input
 from batchinfer.connectors.lines import blocks_of_lines
@@ -87,7 +87,9 @@ def _input_file(item: InputObject, format: Literal["auto"] | Format) -> InputFil
     )
     stem = name if compression == "none" else name.rpartition(".")[0]
     by_name = next((kind for end, kind in _FORMATS.items() if stem.endswith(end)), None)
-    if item.in_folder and (by_name is None or format not in {"auto", by_name}):
+    # Batch files are JSON Lines by their names.
+    named = "jsonl" if format == "openai" else format
+    if item.in_folder and (by_name is None or named not in {"auto", by_name}):
         return None
     chosen = by_name if format == "auto" else format
     if chosen is None:
@@ -105,7 +107,9 @@ class FileScan:
     """Where the rows of one file are.
 
     ``groups`` are the rows of each row group of a Parquet file. For text files ``offsets`` and
-    ``lines`` say where every ``granule``-th row begins: byte, and line number from 1.
+    ``lines`` say where every ``granule``-th row begins: byte, and line number from 1. Where a line may
+    be several rows, ``firsts`` counts the rows before each of these places, which are then as close as
+    the lines allow.
     """
 
     file: InputFile
@@ -114,6 +118,7 @@ class FileScan:
     granule: int = GRANULE
     offsets: Sequence[int] = ()
     lines: Sequence[int] = ()
+    firsts: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +156,9 @@ class InputScan:
                 splits += _byte_splits(scan, rows, first_row)
             elif scan.rows:
                 step = scan.rows if self.rows_per_split is None else rows
-                for start in range(0, scan.rows, step):
-                    count = min(step, scan.rows - start)
+                starts = scan.firsts if scan.firsts and step < scan.rows else range(0, scan.rows, step)
+                for start, stop in pairwise((*starts, scan.rows)):
+                    count = stop - start
                     splits.append(Split(file, "rows", start, start + count, first_row + start, count))
             first_row += scan.rows
         return splits
@@ -179,8 +185,12 @@ def _byte_splits(scan: FileScan, rows: int, first_row: int) -> Iterator[Split]:
     for mark in range(0, len(marks), step):
         start, line = marks[mark]
         stop = marks[mark + step][0] if mark + step < len(marks) else scan.file.size
-        before = mark * scan.granule
-        count = min(scan.rows - before, step * scan.granule)
+        if scan.firsts:
+            before = scan.firsts[mark]
+            count = (scan.firsts[mark + step] if mark + step < len(marks) else scan.rows) - before
+        else:
+            before = mark * scan.granule
+            count = min(scan.rows - before, step * scan.granule)
         yield Split(scan.file, "bytes", start, stop, first_row + before, count, line)
 
 
@@ -209,6 +219,10 @@ def scan_input(
                 kinds.merge(seen)
             schema = jsonl.schema_of(kinds)
             scans = [scan for scan, _ in lines]
+        elif format == "openai":
+            batches = list(threads.map(lambda file: _scan_openai(file, storage, granule), files))
+            schema = openai.schema(any(logprobs for _, logprobs in batches))
+            scans = [scan for scan, _ in batches]
         else:
             records = list(threads.map(lambda file: _scan_csv(file, storage, granule), files))
             columns: dict[str, str] = {}
@@ -271,6 +285,12 @@ def _scan_jsonl(file: InputFile, storage: Storage | None, granule: int) -> tuple
     return FileScan(file, rows, (), granule, offsets, lines), schema.kinds
 
 
+def _scan_openai(file: InputFile, storage: Storage | None, granule: int) -> tuple[FileScan, bool]:
+    """The scan of a batch file, and whether any of its lines asks for log-probabilities."""
+    scan = openai.LineScan(blocks_of_lines(_open(file, storage), file.uri, file.compression), granule)
+    return FileScan(file, scan.rows, (), granule, scan.offsets, scan.lines, scan.firsts), scan.logprobs
+
+
 def _scan_csv(file: InputFile, storage: Storage | None, granule: int) -> tuple[FileScan, dict[str, str]]:
     records = csv.CsvRecords(blocks_of_lines(_open(file, storage), file.uri, file.compression))
     names = csv.header(records, file.uri)
@@ -292,7 +312,8 @@ def read_batches(
 ) -> Iterator[RowBatch]:
     """The rows of a split as Arrow batches of the asked columns of ``schema`` (None: all), streaming.
 
-    Reads only the split's byte range or row groups, and of Parquet only these columns. Raises
+    Reads only the split's byte range or row groups, and of Parquet only these columns; gives only the
+    rows that the split asks for. Raises
     StorageError naming the file if it is gone or changed since the plan; TransientStorageError if the
     store fails for longer than a few tries; KeyError for a column that ``schema`` lacks.
     """
@@ -304,11 +325,15 @@ def read_batches(
     else:
         rows = batches_of_records(_records(split, opened, wanted, storage), wanted, split.first_row)
     count = 0
+    only = None if split.only is None else frozenset(split.only)
     with closing(opened):
         try:
             for part in rows:
                 count += len(part.indices) + len(part.bad)
-                yield part
+                if only is not None:
+                    part = part.only(only)
+                if part.indices or part.bad:
+                    yield part
         except FileNotFoundError as error:
             raise _gone(file) from error
     # A file replaced while it was read gives rows that nobody planned.
@@ -326,9 +351,10 @@ def _records(
     in_bytes = split.unit == "bytes"
     start, stop = (split.start, split.stop) if in_bytes else (0, None)
     blocks = blocks_of_lines(opened, file.uri, file.compression, start, stop)
-    if file.format == "jsonl":
+    if file.format in ("jsonl", "openai"):
         first_line, skip = (split.first_line, 0) if in_bytes else (1, split.start)
-        rows = jsonl.records(blocks, schema, file.uri, first_line, first_row, skip)
+        lines = jsonl.records if file.format == "jsonl" else openai.records
+        rows = lines(blocks, schema, file.uri, first_line, first_row, skip)
         return islice(rows, split.rows)
     if in_bytes:
         head = blocks_of_lines(_open(file, storage), file.uri, "none", block_bytes=_HEADER_BYTES)

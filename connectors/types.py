@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-Format = Literal["parquet", "jsonl", "csv"]
+Format = Literal["parquet", "jsonl", "csv", "openai"]
 Compression = Literal["none", "gzip", "zstd"]
 
 
@@ -90,6 +90,7 @@ class Split:
     ``unit`` says what ``start`` and ``stop`` count: "rows" of the file, or "bytes" at line borders.
     ``first_row`` is the position of its first row in the whole input, ``rows`` how many there are;
     ``first_line`` the number of its first line in the file, from 1 (0 where there are no lines).
+    ``only`` are the positions in the whole input of the rows to give, ascending; None: all of them.
     """
 
     file: InputFile
@@ -99,6 +100,12 @@ class Split:
     first_row: int
     rows: int
     first_line: int = 0
+    only: tuple[int, ...] | None = None
+
+    @property
+    def given(self) -> int:
+        """How many rows reading it gives."""
+        return self.rows if self.only is None else len(self.only)
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,12 @@ class Claims:
         self._worker = worker
         self._now = now
         self._lease_seconds = lease_seconds
-        start = _start(len(shards), worker, hint)
+        self._hint = hint
+        self.begin(shards)
+
+    def begin(self, shards: Sequence[ShardName]) -> None:
+        """From now on these are the shards: those of one round."""
+        start = _start(len(shards), self._worker, self._hint)
         self._shards = [*shards[start:], *shards[:start]]
         self._survey: Survey | None = None
 

@@ -34,7 +34,7 @@ def commit(
     ``before_publishing`` makes durable what the part relies on: a heartbeat whose bill covers its rows.
     """
     nonce = new_nonce()
-    footer = footer_of(nonce, worker, samples, failures)
+    footer = footer_of(nonce, worker, samples, failures, retry=shard.round > 0)
     table = part_table(schema, passed, samples)
     table = table.replace_schema_metadata({**(schema.metadata or {}), b"batchinfer": footer.to_bytes()})
     with tempfile.TemporaryDirectory(prefix="batchinfer-") as scratch:
@@ -47,9 +47,9 @@ def commit(
 
 
 def footer_of(
-    nonce: str, worker: str, samples: Sequence[Finished], failures: Mapping[int, Failure]
+    nonce: str, worker: str, samples: Sequence[Finished], failures: Mapping[int, Failure], retry: bool
 ) -> PartFooter:
-    """What a part's footer says about these rows."""
+    """What a part's footer says about these rows; ``retry`` when they belong to a retry round."""
     nanoseconds: dict[str, int] = {}
     prefill_usd = decode_usd = 0.0
     for sample in samples:
@@ -63,6 +63,7 @@ def footer_of(
         worker=worker,
         rows=len(done),
         failed_rows=len(failures),
+        retried_rows=len(failures) + len({item.index for item in done}) if retry else 0,
         failures=nonce if failures else None,
         nanoseconds=nanoseconds,
         prompt_tokens=sum(item.prompt_tokens for item in done),

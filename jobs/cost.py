@@ -118,7 +118,7 @@ class Settlement:
     """A job's bill: an account a worker, and the totals of its committed rows.
 
     ``rows`` are those of the parts (n of them for a row with n samples), ``failed_rows`` those of the
-    failures objects that count.
+    failures objects that count, less those that a retry round has answered.
     """
 
     accounts: tuple[Account, ...]
@@ -186,7 +186,7 @@ def settle(workers: Iterable[WorkerRecord], footers: Iterable[PartFooter]) -> Se
         accounts=tuple(sorted(accounts, key=lambda account: account.worker)),
         shards=len(parts),
         rows=sum(part.rows for part in parts),
-        failed_rows=sum(part.failed_rows for part in parts),
+        failed_rows=sum(part.failed_rows - part.retried_rows for part in parts),
         prompt_tokens=sum(part.prompt_tokens for part in parts),
         cached_tokens=sum(part.cached_tokens for part in parts),
         completion_tokens=sum(part.completion_tokens for part in parts),

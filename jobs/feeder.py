@@ -29,7 +29,8 @@ class Work:
     """What a worker does: the job's shards, how to read and to prompt their rows, and how to sample.
 
     ``schema`` is that of the parts, ``passed`` the input's columns in it. ``read`` gives all rows of a
-    split with the columns that are passed and prompted; ``render`` raises RowError.
+    split with the columns that are passed and prompted; ``render`` raises RowError. ``next_round`` gives
+    the shards of a retry round, by its number; none where it was not begun.
     """
 
     shards: Mapping[ShardName, Shard]
@@ -38,10 +39,14 @@ class Work:
     sampling: SamplingParams
     read: Callable[[Split], Iterable[RowBatch]]
     render: Callable[[Mapping[str, Any]], Any]
+    next_round: Callable[[int], Mapping[ShardName, Shard]]
 
 
 class Feeder:
-    """Keeps the bench supplied: claims a shard, reads what is known of it, and queues the rest."""
+    """Keeps the bench supplied: claims a shard, reads what is known of it, and queues the rest.
+
+    ``shards`` are those of the round that the worker is at.
+    """
 
     def __init__(
         self, folder: JobFolder, bench: Workbench, claims: Claims, work: Work, worker: str, patience: float
@@ -50,6 +55,7 @@ class Feeder:
         self._bench = bench
         self._claims = claims
         self._work = work
+        self.shards = work.shards
         self._worker = worker
         self._patience = patience
 
@@ -61,16 +67,23 @@ class Feeder:
             if lease is not None:
                 patience = FIRST_PATIENCE
                 self._feed(lease)
-            elif self._claims.all_committed():
+            elif self._claims.all_committed() and not (following := self._next_round()):
                 self._bench.request_stop("done")
+            elif self._claims.all_committed() and not self._bench.held():
+                # Not before the engine has forgotten the last round's rows: they may be tried again.
+                self.shards = following
+                self._claims.begin(list(following))
             else:
                 # The others' leases may still go stale, so there may be work for us later. Often they are
                 # about to finish, so look soon, and then less and less often.
                 self._bench.wait_for_work(min(patience, self._patience))
                 patience *= PATIENCE_GROWTH
 
+    def _next_round(self) -> Mapping[ShardName, Shard]:
+        return self._work.next_round(next(iter(self.shards)).round + 1)
+
     def _feed(self, lease: Lease) -> None:
-        planned = self._work.shards[lease.shard]
+        planned = self.shards[lease.shard]
         writer = ProgressWriter(self._folder, lease.shard, self._worker)
         shard = OpenShard(planned, lease, self._work.sampling.n, writer)
         self._bench.add(shard)  # from here on the lease is renewed

@@ -33,10 +33,12 @@ from batchinfer.jobs.records import (
     plan_to_bytes,
 )
 from batchinfer.jobs.retrying import RetryingStore
+from batchinfer.jobs.rounds import RoundPlan
 from batchinfer.jobs.types import JobError, Shard
 
 _PART = re.compile(r"part-(?:r(?P<round>\d+)-)?(?P<index>\d+)-of-(?P<count>\d+)\.parquet")
 _CLAIM = re.compile(r"_batchinfer/claims/(?P<shard>[^/]+)/(?P<generation>\d+)\.json")
+_ROUND = re.compile(r"_batchinfer/rounds/(?P<round>\d+)/plan\.arrow")
 _PROGRESS = re.compile(
     r"_batchinfer/progress/(?P<shard>[^/]+)/(?P<worker>.+)-(?P<sequence>\d+)(?P<inflight>\.inflight)?\.arrow"
 )
@@ -144,6 +146,31 @@ class JobFolder:
             return JobRecord.from_bytes(self.store.get("_batchinfer/job.json"))
         except FileNotFoundError:
             return None
+
+    # -- retry rounds -----------------------------------------------------------------------------
+
+    def create_round(self, number: int, plan: RoundPlan) -> bool:
+        """Begin a retry round: True when this plan is the round's, False when there was one."""
+
+        def nonce(key: str) -> str:
+            return RoundPlan.from_bytes(self.store.get(key)).nonce
+
+        return self.create(self._round_key(number), plan.to_bytes(), plan.nonce, nonce)
+
+    def read_round(self, number: int) -> RoundPlan | None:
+        """The plan of a retry round, from 1; None where it was not begun."""
+        try:
+            return RoundPlan.from_bytes(self.store.get(self._round_key(number)))
+        except FileNotFoundError:
+            return None
+
+    def list_rounds(self) -> list[int]:
+        """The numbers of the retry rounds there are, in order."""
+        infos = self.store.list("_batchinfer/rounds/")
+        return sorted(int(match["round"]) for info in infos if (match := _ROUND.fullmatch(info.key)))
+
+    def _round_key(self, number: int) -> str:
+        return f"_batchinfer/rounds/{number:03d}/plan.arrow"
 
     # -- control ----------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -64,7 +65,7 @@ class OpenShard:
 
     def has_row(self, row: int) -> bool:
         """Whether the row, by its position in the whole input, belongs to this shard."""
-        return self.shard.first_row <= row < self.shard.first_row + self.shard.rows
+        return self.shard.has(row)
 
     def missing(self, row: int) -> tuple[int, ...]:
         """Samples of a row that are still to be answered; none for a failed row."""
@@ -102,6 +103,7 @@ class OpenShard:
         row = failure.row_index
         if row in self.failures or self._counts.get(row) == self.n:
             return
+        failure = replace(failure, attempts=failure.attempts + self.shard.attempts_before(row))
         for sample in range(self.n):
             key = SampleKey(row, sample)
             self.samples.pop(key, None)

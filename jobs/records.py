@@ -283,14 +283,16 @@ class PartFooter:
     """What a part's Parquet footer says about its commit, under the key ``batchinfer``.
 
     ``failures`` is the nonce of the failures object that counts, or None; ``rows`` counts the part's
-    rows, ``failed_rows`` those of the failures object; ``nanoseconds`` is what each worker charged to
-    the part's rows. Tokens, nanoseconds and USD (0 where no price is known) are summed over the rows.
+    rows, ``failed_rows`` those of the failures object, ``retried_rows`` those that had failed before: all
+    of a retry round's. ``nanoseconds`` is what each worker charged to the part's rows. Tokens, nanoseconds
+    and USD (0 where no price is known) are summed over the rows.
     """
 
     nonce: str
     worker: str
     rows: int
     failed_rows: int = 0
+    retried_rows: int = 0
     failures: str | None = None
     nanoseconds: Mapping[str, int] = field(default_factory=dict)
     prompt_tokens: int = 0

@@ -80,7 +80,7 @@ class Supervisor:
         self._folder = folder
         self._clock = clock
         self._pace = pace
-        self._shards, self._n = len(work.shards), work.sampling.n
+        self._n = work.sampling.n
         self._start_engine = start_engine
         worker, price = record.worker, record.usd_per_hour
         self.bench = Workbench(clock, Ledger(started_ns), worker, price, pace.read_ahead)
@@ -276,7 +276,9 @@ class Supervisor:
         parts = self._folder.committed()
         footers = [self._folder.read_footer(shard) for shard in parts]
         workers = [record for record, _ in self._folder.read_workers()]
-        self._folder.write_summary(summary(settle(workers, footers), self._shards, self._n))
+        # The rounds before ours are complete, so one of their parts says how many there are.
+        shards = sum({shard.round: shard.count for shard in (*self._feeder.shards, *parts)}.values())
+        self._folder.write_summary(summary(settle(workers, footers), shards, self._n))
 
     def _spawn(self, name: str, function: Callable[[], None]) -> Thread:
         """A thread whose failure stops the worker."""

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -33,9 +33,10 @@ from batchinfer.jobs.processes import (
 )
 from batchinfer.jobs.prompts import compile_prompts
 from batchinfer.jobs.records import Bill, Control, JobRecord, WorkerRecord
+from batchinfer.jobs.retry import last_round, round_shards
 from batchinfer.jobs.spec import JobSpec, parse_spec
 from batchinfer.jobs.supervisor import EXIT_DONE, EXIT_JOB, EXIT_RETRY, EXIT_STOPPED, Pace, Supervisor
-from batchinfer.jobs.types import JobError
+from batchinfer.jobs.types import JobError, Shard
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def _run(job_uri: str, usd_per_hour: float | None, index: int | None, started_ns
         return EXIT_STOPPED
     spec = parse_spec(record.spec, f"the job in {folder.uri}")
     work = read_work(folder, record, spec)
-    if len(folder.committed()) == len(work.shards):
+    if folder.committed().keys() >= work.shards.keys():
         return EXIT_DONE
     load = Load(
         engine_config(spec), spec.model.source, {**storage, **spec.storage_options()}, record.fingerprint
@@ -106,7 +107,11 @@ def _run(job_uri: str, usd_per_hour: float | None, index: int | None, started_ns
 def read_work(folder: JobFolder, record: JobRecord, spec: JobSpec) -> Work:
     """What the job's record says there is to do. Raises JobError where it can't be done here."""
     plan = folder.read_plan(record.plan)
-    shards = {ShardName(0, shard.index, len(plan)): shard for shard in plan}
+
+    def next_round(number: int) -> Mapping[ShardName, Shard]:
+        return round_shards(folder, plan, number)
+
+    shards = last_round(folder, plan)
     sampling = spec.sampling_params()
     passed = passed_columns(record.schema, sampling, spec.output.tokens)
     prompts = compile_prompts(spec, record.input_schema)
@@ -116,7 +121,7 @@ def read_work(folder: JobFolder, record: JobRecord, spec: JobSpec) -> Work:
     def read(split: Split) -> Iterable[RowBatch]:
         return read_batches(split, record.input_schema, columns, storage)
 
-    return Work(shards, record.schema, passed, sampling, read, prompts.render)
+    return Work(shards, record.schema, passed, sampling, read, prompts.render, next_round)
 
 
 def engine_config(spec: JobSpec) -> EngineConfig:

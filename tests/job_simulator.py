@@ -21,21 +21,24 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from simulated_engine import SimEngine, rejected, unreadable, unrendered, words
+from simulated_retry import PlainStore, begin_round, check_rounds, heals
 from simulated_store import CALLS, FAULTS, FaultPlan, Faults, SimStore
 from simulated_world import SECOND, Broken, Process, SimClock, World
 
 from batchinfer.connectors.batches import RowBatch
-from batchinfer.connectors.types import BadRow, InputFile, ObjectInfo, Split, TransientStorageError
+from batchinfer.connectors.types import BadRow, InputFile, Split, TransientStorageError
 from batchinfer.engine.types import SamplingParams
 from batchinfer.jobs.columns import output_schema
 from batchinfer.jobs.cost import settle
 from batchinfer.jobs.feeder import Work
 from batchinfer.jobs.folder import JobFolder, ShardName
 from batchinfer.jobs.records import Bill, Control, PartFooter, WorkerRecord
+from batchinfer.jobs.retry import last_round, round_shards
 from batchinfer.jobs.supervisor import EXIT_DONE, EXIT_RETRY, EXIT_STOPPED, Pace, Supervisor
 from batchinfer.jobs.types import RowError, Shard
 
 PASSED = pa.schema([("id", pa.string()), ("value", pa.int64())])
+READ = pa.schema([*PASSED, ("prompt", pa.string())])
 
 
 @dataclass
@@ -50,6 +53,7 @@ class Simulation:
     n: int = 1
     drains: int = 0
     cancels: int = 0
+    retries: int = 0
     capacity: int = 8
     read_ahead: int = 5
     world: World = field(init=False)
@@ -63,6 +67,7 @@ class Simulation:
         self.processes: list[Process] = []
         self.supervisors: dict[str, Supervisor] = {}
         self._failures_left = 2
+        self.rounds = 0
         file = InputFile("sim://input", 1, "", "jsonl", "none")
         names = [ShardName(0, index, self.shards) for index in range(self.shards)]
         self.job = {
@@ -73,6 +78,10 @@ class Simulation:
             )
             for name in names
         }
+        self.first = list(self.job.values())
+
+    def rejects(self, row: int) -> bool:
+        return rejected(row) and not (self.rounds and heals(row))
 
     def engine_fails(self, share: float) -> bool:
         if share and self._failures_left and self.world.chance.random() < share:
@@ -95,7 +104,7 @@ class Simulation:
         for _ in range(self.workers):
             self._start(chance.randrange(0, 40 * SECOND))
         drains, cancels = self.drains, self.cancels
-        while not self._all_done():
+        while not self._all_done() or begin_round(self):
             self.world.pause(chance.randrange(1, 30) * SECOND)
             running = [process for process in self.processes if process.ended_ns is None]
             if drains and running and chance.random() < 0.3:
@@ -124,7 +133,7 @@ class Simulation:
         self.world.log(state)
 
     def _all_done(self) -> bool:
-        return any(process.exit_code == EXIT_DONE for process in self.processes)
+        return all(name.part in self.world.objects for name in self.job)
 
     def _start(self, delay: int) -> None:
         process = Process(f"w{len(self.processes):02d}", self.world.now_ns + delay)
@@ -144,7 +153,13 @@ class Simulation:
         folder = JobFolder(store, clock, random.Random(self.world.chance.random()), attempts=12)
         schema = output_schema(PASSED, self.sampling, True)
         work = Work(
-            self.job, schema, PASSED, self.sampling, lambda split: self._read(store, split), self._render
+            last_round(folder, self.first),
+            schema,
+            PASSED,
+            self.sampling,
+            lambda split: self._read(store, split),
+            self._render,
+            lambda number: round_shards(folder, self.first, number),
         )
         record = WorkerRecord(
             worker=process.name, state="starting", beat=0, usd_per_hour=2.0, bill=Bill(), started=""
@@ -169,8 +184,8 @@ class Simulation:
         # Reading has no retries of its own here, so only kills and freezes strike.
         with contextlib.suppress(TransientStorageError):
             store.read_input(f"input-{split.first_row}")
-        rows = range(split.first_row, split.first_row + split.rows)
-        for start in range(0, split.rows, 4):
+        rows = split.only or range(split.first_row, split.first_row + split.rows)
+        for start in range(0, split.given, 4):
             some = rows[start : start + 4]
             good = [index for index in some if not unreadable(index)]
             bad = tuple(
@@ -183,7 +198,7 @@ class Simulation:
                 "value": [index * 3 for index in good],
                 "prompt": [f"prompt of {index}" for index in good],
             }
-            yield RowBatch(good, pa.RecordBatch.from_pydict(columns), bad)
+            yield RowBatch(good, pa.RecordBatch.from_pydict(columns, READ), bad)
 
     @staticmethod
     def _render(values: Any) -> str:
@@ -215,10 +230,13 @@ class Simulation:
                 raise Broken(f"the rows of {name.part} are not sorted, or not as many as its footer says")
             failed = []
             if footer.failures is not None:
-                folder = JobFolder(_Plain(self.world))
+                folder = JobFolder(PlainStore(self.world))
                 failed = folder.read_failures(name, footer.failures)
             if len(failed) != footer.failed_rows:
                 raise Broken(f"the failures of {name.part} are not as many as its footer says")
+            if name.round:
+                for index in self.job[name].attempts or ():
+                    seen.pop(index)
             for failure in failed:
                 self._once(seen, failure.row_index, failure.code)
             for index in sorted({row for row, _ in keys}):
@@ -247,9 +265,12 @@ class Simulation:
             elif unrendered(index):
                 expected_code = "render_error"
             else:
-                expected_code = "too_long" if rejected(index) else "answered"
+                expected_code = "too_long" if self.rejects(index) else "answered"
             if seen.get(index) != expected_code:
                 raise Broken(f"row {index} is {seen.get(index)}, not {expected_code}")
+        left = {index: failure.code for index, failure in check_rounds(self).items()}
+        if left != {index: what for index, what in seen.items() if what != "answered"}:
+            raise Broken(f"the failures left are {left}")
 
     @staticmethod
     def _once(seen: dict[int, str], index: int, what: str) -> None:
@@ -258,7 +279,7 @@ class Simulation:
         seen[index] = what
 
     def _check_cost(self) -> None:
-        folder = JobFolder(_Plain(self.world))
+        folder = JobFolder(PlainStore(self.world))
         records = {record.worker: record for record, _ in folder.read_workers()}
         settlement = settle(records.values(), [footer for _, footer in self.parts()])
         settlement.check()
@@ -277,23 +298,6 @@ class Simulation:
                 raise Broken(f"{process.name} billed more than its life")
         self.settlement = settlement
         self.records = records
-
-
-class _Plain:
-    """The world's objects with no time and no faults."""
-
-    root = "sim://job"
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-
-    def get(self, key: str) -> bytes:
-        return self._world.objects[key][0]
-
-    def list(self, prefix: str) -> list[ObjectInfo]:
-        return [
-            ObjectInfo(key, 0, "", 0.0) for key in sorted(self._world.objects) if key.startswith(prefix)
-        ]
 
 
 def from_seed(seed: int) -> Simulation:
@@ -322,6 +326,7 @@ def from_seed(seed: int) -> Simulation:
         n=chance.choice([1, 1, 2]),
         drains=3 if "get progress" in call or "inflight" in call else chance.choice([0, 0, 1, 3]),
         cancels=1 if "get control" in call else chance.choice([0, 0, 0, 1]),
+        retries=2 if "rounds" in call else chance.choice([0, 0, 1, 2]),
         capacity=chance.choice([2, 8, 100]),
         read_ahead=chance.choice([1, 5, 100]),
     )

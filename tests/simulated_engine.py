@@ -38,6 +38,8 @@ class Bench(Protocol):
 
     def engine_fails(self, share: float) -> bool: ...
 
+    def rejects(self, row: int) -> bool: ...
+
 
 def words(row: int, sample: int) -> tuple[int, ...]:
     """The tokens that the model gives for a sample: a function of the row, as it must be."""
@@ -130,7 +132,7 @@ class SimEngine:
         for message in messages:
             if isinstance(message, Add):
                 for request in message.requests:
-                    if rejected(request.index):
+                    if self._plan.rejects(request.index):
                         rejections.append(Rejection(request.index, "too_long", "it is too long"))
                     else:
                         self._admit(request)

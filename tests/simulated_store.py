@@ -22,6 +22,7 @@ CALLS = (
     *("put failures", "create part", "head part", "get part", "list part"),
     *("put workers", "head workers", "list workers", "get workers"),
     *("list control", "get control", "put summary.json", "read input"),
+    *("list rounds", "get rounds"),
 )
 
 
@@ -172,7 +173,7 @@ def check_write(world: World, process: Process, key: str, content: bytes) -> Non
 
 def check_delete(world: World, key: str) -> None:
     """Only progress is deleted: of committed shards, or what was in flight and is replaced."""
-    match = re.fullmatch(r"_batchinfer/progress/(\d+)/.*\.arrow", key)
+    match = re.fullmatch(r"_batchinfer/progress/([^/]+)/.*\.arrow", key)
     if match is None:
         raise Broken(f"{key} is deleted")
     committed = any(other.startswith(f"part-{match[1]}-") for other in world.objects)

@@ -12,7 +12,7 @@ import job_simulator as simulator
 import pytest
 import simulated_store
 import simulated_world
-from simulated_engine import rejected, unreadable, unrendered, words
+from simulated_engine import unreadable, unrendered, words
 
 from batchinfer.jobs import commit as commit_module
 from batchinfer.jobs import feeder as feeder_module
@@ -46,7 +46,7 @@ def total_tokens(simulation: Any) -> int:
     rows = [
         row
         for row in range(simulation.shards * simulation.rows)
-        if not (unreadable(row) or unrendered(row) or rejected(row))
+        if not (unreadable(row) or unrendered(row) or simulation.rejects(row))
     ]
     return sum(len(words(row, sample)) for row in rows for sample in range(simulation.n))
 

@@ -1,0 +1,108 @@
+"""Retry rounds: which failed rows are tried again, as a plan beside the job's own."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pyarrow as pa
+
+from batchinfer.connectors.types import Split
+from batchinfer.jobs.records import table_from_bytes, table_to_bytes
+from batchinfer.jobs.types import Shard
+
+_SCHEMA = pa.schema(
+    [
+        ("shard", pa.int32()),
+        ("row_index", pa.int64()),
+        ("part", pa.dictionary(pa.int32(), pa.string())),
+        ("attempts", pa.int32()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FailedRow:
+    """A reference to a failed row of a committed part: the row's position in the whole input, the part
+    that names its failure, and how often it was tried until then."""
+
+    row_index: int
+    part: str
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoundPlan:
+    """A retry round (rounds/NNN/plan.arrow): the rows of each of its shards, in the order of the input,
+    and its writer's nonce."""
+
+    shards: tuple[tuple[FailedRow, ...], ...]
+    nonce: str
+
+    @property
+    def rows(self) -> int:
+        """Rows that the round tries again."""
+        return sum(len(shard) for shard in self.shards)
+
+    def to_bytes(self) -> bytes:
+        """The plan as an Arrow IPC file, one row a failed row."""
+        numbered = [(index, row) for index, shard in enumerate(self.shards) for row in shard]
+        columns = [
+            pa.array([index for index, _ in numbered], pa.int32()),
+            pa.array([row.row_index for _, row in numbered], pa.int64()),
+            pa.array([row.part for _, row in numbered], pa.string()).dictionary_encode(),
+            pa.array([row.attempts for _, row in numbered], pa.int32()),
+        ]
+        table = pa.Table.from_arrays(columns, schema=_SCHEMA)
+        return table_to_bytes(table.replace_schema_metadata({"nonce": self.nonce}))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> RoundPlan:
+        """The inverse of :meth:`to_bytes`."""
+        table = table_from_bytes(data)
+        shards: list[list[FailedRow]] = []
+        for index, row, part, attempts in zip(*table.to_pydict().values(), strict=True):
+            if index == len(shards):
+                shards.append([])
+            shards[index].append(FailedRow(row, part, attempts))
+        nonce = (table.schema.metadata or {}).get(b"nonce", b"").decode()
+        return cls(tuple(map(tuple, shards)), nonce)
+
+
+def cut_round(failed: Sequence[FailedRow], rows: int, nonce: str) -> RoundPlan:
+    """A round of shards of at most ``rows`` of the ``failed`` rows, which are sorted."""
+    return RoundPlan(
+        tuple(tuple(failed[start : start + rows]) for start in range(0, len(failed), rows)), nonce
+    )
+
+
+def shards_of(plan: RoundPlan, first: Sequence[Shard]) -> list[Shard]:
+    """The round's shards, which read the splits of the job's ``first`` plan that hold their rows."""
+    splits = [split for shard in first for split in shard.splits]
+    starts = [split.first_row for split in splits]
+    tokens_a_row = sum(shard.estimated_tokens for shard in first) / sum(shard.rows for shard in first)
+    shards = []
+    for index, rows in enumerate(plan.shards):
+        wanted: dict[int, list[int]] = {}
+        for row in rows:
+            wanted.setdefault(bisect_right(starts, row.row_index) - 1, []).append(row.row_index)
+        cut = tuple(_only(splits[place], tuple(positions)) for place, positions in wanted.items())
+        attempts = {row.row_index: row.attempts for row in rows}
+        shards.append(Shard(index, cut, round(len(rows) * tokens_a_row), attempts))
+    return shards
+
+
+def _only(split: Split, positions: tuple[int, ...]) -> Split:
+    """The split with these rows only, and no longer than it must be."""
+    if split.unit == "bytes":
+        return replace(split, only=positions)
+    start, rows = positions[0] - split.first_row, positions[-1] + 1 - positions[0]
+    return replace(
+        split,
+        start=split.start + start,
+        stop=split.start + start + rows,
+        first_row=positions[0],
+        rows=rows,
+        only=positions,
+    )
