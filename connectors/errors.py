@@ -42,12 +42,12 @@ _CONNECTION = {
     "FSTimeoutError",
     "HTTPClientError",
     "ClientError",
-    "IncompleteReadError",
-    "ResponseStreamingError",
     "ResponseParserError",
     "ServiceRequestError",
     "ServiceResponseError",
 }
+# An answer whose body ended early; its cause may carry a status of the library's own.
+_CUT_SHORT = {"ClientPayloadError", "IncompleteReadError", "ResponseStreamingError"}
 _BAD_REGION = {"PermanentRedirect", "IllegalLocationConstraintException", "AuthorizationHeaderMalformed"}
 
 
@@ -90,8 +90,10 @@ def translate(error: Exception, uri: str) -> Exception:
     """
     if isinstance(error, StorageError):
         return error
-    code, status = _service_answer(error)
     names = {cls.__name__ for cls in type(error).__mro__}
+    if names & _CUT_SHORT:
+        return TransientStorageError(f"{uri}: the answer ended early ({_one_line(error)}); try again")
+    code, status = _service_answer(error)
     if code == "PreconditionFailed" or status == 412 or isinstance(error, FileExistsError):
         return AlreadyExists(f"{uri}: the object exists already")
     if code in {"NoSuchBucket", "InvalidBucketName"} or "ParamValidationError" in names:

@@ -36,6 +36,11 @@ _EXTRAS = {
 _OPTIONS = {"s3": {"endpoint_url", "region"}, "gcs": {"endpoint_url"}, "azure": {"endpoint_url"}}
 _SUPPORTED = "a local path, file://, memory://, s3://, gs:// and abfs://"
 
+# Seconds that a store may leave us without a byte before a request counts as lost; the environment may
+# say otherwise.
+READ_TIMEOUT = "BATCHINFER_READ_TIMEOUT"
+_READ_TIMEOUT_SECONDS = 60.0
+
 # Above twice this many bytes an upload is cut into parts.
 PART_BYTES = 32 << 20
 _PARALLEL_PARTS = 4
@@ -98,12 +103,19 @@ def open_store(root_uri: str, storage: Storage | None = None) -> ObjectStore:
     if protocol == "memory":
         return MemoryStore(root, fsspec.filesystem("memory"), "/" + path.strip("/"))
     extra, package = _EXTRAS[protocol]
-    environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+    environment = tuple(
+        sorted(item for item in os.environ.items() if item[0].startswith(("AWS_", READ_TIMEOUT)))
+    )
     try:
         if extra == "s3":
             region = options.get("region") or os.environ.get("AWS_REGION")
             return S3Store(root, _s3(options.get("endpoint_url"), region, environment, os.getpid()), path)
-        return GenericStore(root, fsspec.filesystem(protocol, **_generic_options(extra, options)), path)
+        # gcsfs would reach some buckets by another protocol, for which no condition is known to hold.
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        file_system = fsspec.filesystem(protocol, **_generic_options(extra, options))
+        if extra == "azure":
+            _leave_retries_to_us(file_system)
+        return GenericStore(root, file_system, path, extra)
     except ImportError as error:
         raise StorageError(
             f"{root}: {protocol}:// needs the package {package}; install batchinfer-jobs[{extra}]"
@@ -141,7 +153,7 @@ def _s3(endpoint_url: str | None, region: str | None, environment: object, proce
         config_kwargs={
             "max_pool_connections": 64,
             "connect_timeout": 5,
-            "read_timeout": 60,
+            "read_timeout": float(os.environ.get(READ_TIMEOUT, _READ_TIMEOUT_SECONDS)),
             "retries": {"total_max_attempts": 2, "mode": "standard"},
         },
         use_listings_cache=False,
@@ -156,6 +168,15 @@ def _generic_options(extra: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if options.get("endpoint_url"):
         settings["endpoint_url" if extra == "gcs" else "account_host"] = options["endpoint_url"]
     return settings
+
+
+def _leave_retries_to_us(file_system: Any) -> None:
+    """Switch off the retries of the Azure client: its pauses of 15 seconds and more would outlast leases.
+    errors.attempt does it, for every store alike."""
+    pipeline = getattr(file_system.service_client, "_pipeline", None)
+    for policy in getattr(pipeline, "_impl_policies", ()):
+        if hasattr(policy, "total_retries"):
+            policy.total_retries = 0
 
 
 class S3Store:
@@ -187,9 +208,8 @@ class S3Store:
         self._write(key, data, "overwrite")
 
     def _write(self, key: str, data: bytes | Path, mode: str) -> None:
-        _write(
-            self._file_system, f"{self._bucket}/{self._prefix}{key}", data, mode, join_uri(self.root, key)
-        )
+        path = f"{self._bucket}/{self._prefix}{key}"
+        _write(self._file_system, "s3", path, data, mode, join_uri(self.root, key))
 
     def get(self, key: str) -> bytes:
         """See ObjectStore."""
@@ -267,11 +287,13 @@ class GenericStore:
     """An ObjectStore over Google Cloud Storage or Azure Blob Storage, whose fsspec packages pass the
     condition of a create to the service."""
 
-    def __init__(self, root: str, file_system: Any, path: str) -> None:
-        """Use the objects below ``path`` ("bucket/prefix") through the fsspec ``file_system``."""
+    def __init__(self, root: str, file_system: Any, path: str, service: str) -> None:
+        """Use the objects below ``path`` ("bucket/prefix") through the fsspec ``file_system`` of the
+        ``service`` ("gcs" or "azure")."""
         self.root = root
         self._file_system = file_system
         self._path = path
+        self._service = service
 
     def create_exclusive(self, key: str, data: bytes | Path) -> bool:
         """See ObjectStore."""
@@ -286,7 +308,8 @@ class GenericStore:
         self._write(key, data, "overwrite")
 
     def _write(self, key: str, data: bytes | Path, mode: str) -> None:
-        _write(self._file_system, f"{self._path}/{key}", data, mode, join_uri(self.root, key))
+        path = f"{self._path}/{key}"
+        _write(self._file_system, self._service, path, data, mode, join_uri(self.root, key))
 
     def get(self, key: str) -> bytes:
         """See ObjectStore."""
@@ -311,10 +334,11 @@ class GenericStore:
 
     def list(self, prefix: str) -> list[ObjectInfo]:
         """See ObjectStore."""
-        folder = f"{self._path}/{prefix}".rpartition("/")[0]
+        folder, _, start = f"{self._path}/{prefix}".rpartition("/")
         try:
             found = attempt(
-                lambda: self._file_system.find(folder, detail=True), join_uri(self.root, prefix)
+                lambda: self._file_system.find(folder, prefix=start, detail=True),
+                join_uri(self.root, prefix),
             )
         except FileNotFoundError:
             return []
@@ -337,12 +361,16 @@ def _info(key: str, found: Mapping[str, Any]) -> ObjectInfo:
     return ObjectInfo(key, found["size"], str(found["etag"]).strip('"'), modified.timestamp())
 
 
-def _write(file_system: Any, path: str, data: bytes | Path, mode: str, uri: str) -> None:
+def _write(file_system: Any, service: str, path: str, data: bytes | Path, mode: str, uri: str) -> None:
     """One upload of bytes or of a file through fsspec; ``mode`` is "create" or "overwrite"."""
     size = len(data) if isinstance(data, bytes) else data.stat().st_size
     if size == 0 and mode == "create":
         raise empty_object(uri)
-    settings = {"chunksize": PART_BYTES, "max_concurrency": _PARALLEL_PARTS, "mode": mode}
+    settings: dict[str, Any] = {"mode": mode}
+    if service in ("s3", "gcs"):
+        settings["chunksize"] = PART_BYTES
+    if service in ("s3", "azure"):
+        settings["max_concurrency"] = _PARALLEL_PARTS
     if isinstance(data, bytes):
         attempt(lambda: file_system.pipe_file(path, data, **settings), uri)
     else:

@@ -73,7 +73,7 @@ def seaweedfs(folder: Path) -> Iterator[S3Server]:
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
     services = ["master.port", "volume.port", "filer.port", "s3.port"]
     names = [*services, *(f"{name}.grpc" for name in services)]
-    ports = dict(zip(names, _free_ports(len(names)), strict=True))
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
     command = [str(_beside_python("weed")), "-v=0", "server", f"-dir={folder}", "-ip=127.0.0.1"]
     command += ["-ip.bind=127.0.0.1", "-filer", "-s3", f"-s3.config={folder / 's3.json'}"]
     command += ["-volume.max=300", "-master.volumeSizeLimitMB=64"]
@@ -87,7 +87,7 @@ def seaweedfs(folder: Path) -> Iterator[S3Server]:
 def moto(folder: Path) -> Iterator[S3Server]:
     """moto's S3, which keeps everything in memory; its log goes to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    (port,) = _free_ports(1)
+    (port,) = free_ports(1)
     command = [sys.executable, "-P", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with _running(command, port, folder, {}) as server:
         yield server
@@ -105,7 +105,7 @@ def _beside_python(name: str) -> Path:
     return Path(sys.executable).with_name(name)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Loopback ports that are free now, below 32768: SeaweedFS can't use those above."""
     ports: list[int] = []
     candidate = random.randrange(20000, 32000)

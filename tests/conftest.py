@@ -1,8 +1,9 @@
-"""Real S3 servers on loopback for the tests that need a bucket."""
+"""Servers of object stores on loopback for the tests that need a bucket."""
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 import uuid
 from collections.abc import Iterator
@@ -10,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import cloud_servers
 import pytest
 import s3_server
+from cloud_servers import CloudServer
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,22 @@ def s3_moto(moto_server: s3_server.S3Server, monkeypatch: pytest.MonkeyPatch) ->
 def s3_seaweed(seaweed_server: s3_server.S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Bucket:
     """A fresh bucket on SeaweedFS, with the environment set for it."""
     return _bucket(seaweed_server, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def gcs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudServer]:
+    """An emulator of Google Cloud Storage."""
+    with cloud_servers.gcs(tmp_path_factory.mktemp("gcs")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def azure_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudServer]:
+    """Azurite; installed by npm on first use."""
+    if shutil.which("npm") is None:
+        pytest.skip("Azurite, the server of Azure Blob Storage for tests, needs npm")
+    with cloud_servers.azurite(tmp_path_factory.mktemp("azurite")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

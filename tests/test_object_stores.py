@@ -19,13 +19,20 @@ from batchinfer.connectors.storage import Storage, normalize_uri, open_store, pr
 from batchinfer.connectors.types import ObjectStore, StorageError, TransientStorageError
 
 
-@pytest.fixture(params=["local", "memory", "moto", "seaweed"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+@pytest.fixture(params=["local", "memory", "moto", "seaweed", "gcs", "azure"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
     match request.param:
         case "local":
             return open_store(str(tmp_path / "job folder"))
         case "memory":
             return open_store(f"memory://{uuid.uuid4().hex}/job")
+        case "gcs" | "azure":
+            server = request.getfixturevalue(f"{request.param}_server")
+            for name, value in server.environment.items():
+                monkeypatch.setenv(name, value)
+            bucket = f"bucket-{uuid.uuid4().hex[:12]}"
+            server.create_bucket(bucket)
+            return open_store(f"{server.scheme}://{bucket}/jobs/one")
         case name:
             return open_store(request.getfixturevalue(f"s3_{name}").uri + "/jobs/one")
 
