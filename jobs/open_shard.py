@@ -15,6 +15,7 @@ from batchinfer.jobs.folder import ShardName
 from batchinfer.jobs.progress import Progress, ProgressWriter
 from batchinfer.jobs.records import Failure
 from batchinfer.jobs.samples import NOTHING, Finished, Partial, SampleKey, charges_after
+from batchinfer.jobs.suspects import Suspicion
 from batchinfer.jobs.types import Shard
 
 
@@ -25,6 +26,7 @@ class OpenShard:
     ``partials`` holds what is known of unfinished samples: what they were resumed from, then what the
     last snapshot said. ``sent`` is the same as the present engine got it, the base of its charges.
     ``inputs`` holds the values of rows that wait for an answer, for the failures that may come.
+    ``suspicion`` is what earlier owners held against rows.
 
     Invariant: ``settled`` counts the rows in ``failures`` and those with all ``n`` samples finished.
     """
@@ -40,6 +42,7 @@ class OpenShard:
         self.partials: dict[SampleKey, Partial] = {}
         self.sent: dict[SampleKey, Partial] = {}
         self.inputs: dict[int, Mapping[str, Any]] = {}
+        self.suspicion = Suspicion()
         self.unpublished: list[Finished] = []
         self.unpublished_failures: list[Failure] = []
         self.unpublished_bytes = 0
@@ -54,6 +57,7 @@ class OpenShard:
         """Begin with what earlier owners saved; to be called before any row is read."""
         self.samples, self.failures = progress.samples, progress.failures
         self.partials = progress.partials
+        self.suspicion = progress.suspicion
         for key in self.samples:
             self._counts[key.row] = self._counts.get(key.row, 0) + 1
         self.settled = len(self.failures) + sum(count == self.n for count in self._counts.values())
@@ -129,6 +133,13 @@ class OpenShard:
         failures, self.unpublished_failures = self.unpublished_failures, []
         self.unpublished_bytes = 0
         return samples, failures, self.own_partials(worker)
+
+    def own_charges(self, row: int, worker: str) -> int:
+        """Nanoseconds that ``worker`` charged to what is finished and in flight of a row."""
+        keys = [SampleKey(row, sample) for sample in range(self.n)]
+        charges = [charge for key in keys if key in self.samples for charge in self.samples[key].charges]
+        charges += [charge for key in keys if key in self.partials for charge in self.partials[key].charges]
+        return sum(charge.nanoseconds for charge in charges if charge.worker == worker)
 
     def own_unpublished(self, worker: str) -> int:
         """Nanoseconds that ``worker`` charged to finished samples which nobody else can know of."""

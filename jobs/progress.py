@@ -20,16 +20,19 @@ from batchinfer.jobs.samples import (
     inflight_from_bytes,
     inflight_to_bytes,
 )
+from batchinfer.jobs.suspects import UNSUSPECTED, Suspicion
 
 
 @dataclass(slots=True)
 class Progress:
     """The union of a shard's progress: a finished sample hides what was in flight of it, and of
-    several copies in flight the longest counts. A failed row hides its samples."""
+    several copies in flight the longest counts. A failed row hides its samples. ``suspicion`` is what is
+    held against rows of which engines may have died."""
 
     samples: dict[SampleKey, Finished] = field(default_factory=dict)
     failures: dict[int, Failure] = field(default_factory=dict)
     partials: dict[SampleKey, Partial] = field(default_factory=dict)
+    suspicion: Suspicion = UNSUSPECTED
 
 
 def read_progress(folder: JobFolder, shard: ShardName) -> Progress | None:
@@ -40,7 +43,9 @@ def read_progress(folder: JobFolder, shard: ShardName) -> Progress | None:
             for item in folder.list_progress(shard):
                 data = folder.store.get(item.key)
                 if item.inflight:
-                    for key, partial in inflight_from_bytes(data).items():
+                    partials, suspicion = inflight_from_bytes(data)
+                    progress.suspicion = progress.suspicion.merged(suspicion)
+                    for key, partial in partials.items():
                         known = progress.partials.get(key)
                         if known is None or len(known.decoded.token_ids) < len(partial.decoded.token_ids):
                             progress.partials[key] = partial
@@ -79,8 +84,10 @@ class ProgressWriter:
         samples: Sequence[Finished],
         failures: Sequence[Failure],
         partials: Mapping[SampleKey, Partial],
+        suspicion: Suspicion = UNSUSPECTED,
     ) -> None:
-        """Publish finished samples and failed rows since the last call, and all samples in flight.
+        """Publish finished samples and failed rows since the last call, all samples in flight, and what is
+        held against rows.
 
         Rows first: once they are there, what was in flight of them may go.
         """
@@ -89,9 +96,9 @@ class ProgressWriter:
             key = self._folder.progress_key(self._shard, self._worker, sequence)
             self._folder.store.create_exclusive(key, finished_to_bytes(samples, failures))
         before, self._inflight = self._inflight, None
-        if partials:
+        if partials or suspicion:
             key = self._folder.progress_key(self._shard, self._worker, sequence, inflight=True)
-            self._folder.store.create_exclusive(key, inflight_to_bytes(partials))
+            self._folder.store.create_exclusive(key, inflight_to_bytes(partials, suspicion))
             self._inflight = key
         if before is not None:
             self._folder.store.delete(before)

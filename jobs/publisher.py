@@ -23,7 +23,8 @@ class Publisher:
     """Publishes on a thread of its own, so that neither the engine nor a lease waits for an upload.
 
     A complete shard is committed at once. Progress is written every ``flush_seconds``, or when more
-    than ``FLUSH_BYTES`` of finished rows wait; each time the engine is asked what is in flight.
+    than ``FLUSH_BYTES`` of finished rows wait, or an engine has died; each time the engine is asked what
+    is in flight.
     """
 
     def __init__(
@@ -75,7 +76,8 @@ class Publisher:
             for shard in shards:
                 if shard.complete:
                     return shard
-            if self._closing or sum(shard.unpublished_bytes for shard in shards) > FLUSH_BYTES:
+            waiting = sum(shard.unpublished_bytes for shard in shards)
+            if self._closing or self._bench.to_save or waiting > FLUSH_BYTES:
                 return None
             left = flushed + self._flush_ns - self._clock.now_ns()
             if shards and left <= 0:
@@ -105,5 +107,5 @@ class Publisher:
         news = self._bench.take_news()
         if news:
             self._heartbeat.beat()
-        for shard, samples, failures, partials in news:
-            shard.writer.write(samples, failures, partials)
+        for shard, samples, failures, partials, suspicion in news:
+            shard.writer.write(samples, failures, partials, suspicion)

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from batchinfer.engine.types import Completion, Decoded, TokenLogprobs
 from batchinfer.jobs.records import Failure, table_from_bytes, table_to_bytes
+from batchinfer.jobs.suspects import Suspicion
 
 
 class SampleKey(NamedTuple):
@@ -133,6 +134,7 @@ _FINISHED_SCHEMA = pa.schema(
     ]
 )
 _INFLIGHT_SCHEMA = pa.schema(_SAMPLE)
+_SUSPICION = b"suspicion"
 
 
 def finished_to_bytes(samples: Iterable[Finished], failures: Iterable[Failure]) -> bytes:
@@ -197,8 +199,8 @@ def finished_from_bytes(data: bytes) -> tuple[list[Finished], list[Failure]]:
     return samples, failures
 
 
-def inflight_to_bytes(partials: Mapping[SampleKey, Partial]) -> bytes:
-    """Samples in flight as an Arrow IPC file."""
+def inflight_to_bytes(partials: Mapping[SampleKey, Partial], suspicion: Suspicion) -> bytes:
+    """Samples in flight as an Arrow IPC file, with what is held against rows in its schema's metadata."""
     rows = [
         {
             "row_index": key.row,
@@ -211,13 +213,14 @@ def inflight_to_bytes(partials: Mapping[SampleKey, Partial]) -> bytes:
         }
         for key, partial in partials.items()
     ]
-    return table_to_bytes(pa.Table.from_pylist(rows, schema=_INFLIGHT_SCHEMA))
+    schema = _INFLIGHT_SCHEMA.with_metadata({_SUSPICION: suspicion.to_json()})
+    return table_to_bytes(pa.Table.from_pylist(rows, schema=schema))
 
 
-def inflight_from_bytes(data: bytes) -> dict[SampleKey, Partial]:
+def inflight_from_bytes(data: bytes) -> tuple[dict[SampleKey, Partial], Suspicion]:
     """The inverse of :func:`inflight_to_bytes`."""
-    partials = {}
-    for row in table_from_bytes(data).to_pylist():
+    table, partials = table_from_bytes(data), {}
+    for row in table.to_pylist():
         decoded = Decoded(
             token_ids=tuple(row["token_ids"]),
             token_ns=tuple(row["token_ns"]),
@@ -226,7 +229,7 @@ def inflight_from_bytes(data: bytes) -> dict[SampleKey, Partial]:
         )
         key = SampleKey(row["row_index"], row["sample_index"])
         partials[key] = Partial(decoded, _charges_in(row["charges"]))
-    return partials
+    return partials, Suspicion.from_json(table.schema.metadata[_SUSPICION])
 
 
 def _logprobs_out(logprobs: tuple[TokenLogprobs | None, ...] | None) -> list[Any] | None:

@@ -35,7 +35,7 @@ from batchinfer.jobs.link import (
 from batchinfer.jobs.publisher import Publisher
 from batchinfer.jobs.records import WorkerRecord, WorkerState
 from batchinfer.jobs.types import JobError
-from batchinfer.jobs.workbench import StopReason, Workbench
+from batchinfer.jobs.workbench import EngineDeath, StopReason, Workbench
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +43,13 @@ EXIT_DONE, EXIT_INTERNAL, EXIT_RETRY, EXIT_STOPPED, EXIT_JOB = 0, 70, 75, 77, 78
 
 
 class EngineGone(Exception):
-    """The engine ended more often than is worth another try."""
+    """The engine ended with nothing in flight more often than is worth another try."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """How often and how long, in seconds; ``read_ahead`` counts rows, ``engine_restarts`` starts.
+    """How often and how long, in seconds; ``read_ahead`` counts rows, ``engine_restarts`` the starts in a
+    row after an engine that ended before it had anything to do.
 
     ``flush`` is the longest time that finished work stays unsaved; ``stall`` how long an engine with
     work may say nothing; ``drain`` how long an engine may take for its last word.
@@ -105,6 +106,7 @@ class Supervisor:
         self._capacity = 0
         self._last_failure = ""
         self._restarts = 0
+        self._stall_ended = False
 
     def run(self) -> int:
         """Work until every shard is committed or something stops the worker; returns the exit code."""
@@ -165,7 +167,7 @@ class Supervisor:
         """How many requests the engine should get now: none until a good few fit, so that it can order
         them among each other."""
         bench = self.bench
-        if not bench.engine_ready or not bench.queue:
+        if not bench.engine_ready or not bench.has_requests():
             return 0
         room = self._capacity - len(bench.in_engine)
         return room if 4 * room >= self._capacity else 0
@@ -194,17 +196,26 @@ class Supervisor:
                 logger.error("the engine failed: %s", message.message)
                 self._last_failure = message.message
         elif isinstance(message, Ended):
-            self._restarts += 1
-            bench.engine_ended(restart=True)
-            self._link = None
-            if self._restarts > self._pace.engine_restarts:
-                last = self._last_failure or message.how
-                error = EngineGone(f"the engine ended {self._restarts} times, the last time with: {last}")
-                bench.request_stop("error", error)
-            else:
-                logger.error("the engine ended (%s): starting it again", message.how)
+            self._engine_died(message)
         else:
             self._take_in(message)
+
+    def _engine_died(self, message: Ended) -> None:
+        """Blame the rows that were in flight; without any, the engine itself is what does not work."""
+        bench = self.bench
+        how = self._last_failure or message.how
+        if self._stall_ended:
+            how = f"it made no step for {self._pace.stall:.0f} s"
+        self._restarts = 0 if bench.in_engine else self._restarts + 1
+        bench.engine_ended(EngineDeath("engine_stall" if self._stall_ended else "engine_crash", how))
+        self._link, self._last_failure, self._stall_ended = None, "", False
+        if self._restarts > self._pace.engine_restarts:
+            error = EngineGone(
+                f"the engine ended {self._restarts} times with nothing to do, the last time so: {how}"
+            )
+            bench.request_stop("error", error)
+        else:
+            logger.error("the engine ended (%s): starting it again", how)
 
     def _take_in(self, message: Results | Dropped | Inflight) -> None:
         if isinstance(message, Results):
@@ -222,6 +233,7 @@ class Supervisor:
             stalled = silent > self._pace.stall * 1e9 and bool(self.bench.in_engine) and not self._inbox
         if stalled and link is not None:
             logger.error("the engine made no step for %.0f s: ending it", silent / 1e9)
+            self._stall_ended = True
             link.kill()
         return stalled
 
@@ -245,7 +257,7 @@ class Supervisor:
                         bench.changed.wait(left / 1e9)
         link.kill()
         with bench.changed:
-            bench.engine_ended(restart=False)
+            bench.engine_ended(None)
 
     # -- leaving ----------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from batchinfer.engine.types import Completion, Rejection, Request
@@ -14,16 +15,25 @@ from batchinfer.jobs.link import Dropped, Inflight, Spent
 from batchinfer.jobs.open_shard import OpenShard
 from batchinfer.jobs.records import Failure, input_as_json
 from batchinfer.jobs.samples import NOTHING, Finished, Partial, SampleKey, charges_after
+from batchinfer.jobs.suspects import DEATHS_ALONE, Suspects, Suspicion
 
 StopReason = Literal["done", "drain", "cancel", "error"]
 
-News = tuple[OpenShard, list[Finished], list[Failure], dict[SampleKey, Partial]]
+News = tuple[OpenShard, list[Finished], list[Failure], dict[SampleKey, Partial], Suspicion]
 
 SnapshotState = Literal["none", "wanted", "asked"]
 
 OPEN_SHARDS = 2
 SNAPSHOT_NS = 60_000_000_000
 QUEUE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDeath:
+    """How an engine ended that nobody asked to: ``code`` for failures, ``how`` for people."""
+
+    code: Literal["engine_crash", "engine_stall"]
+    how: str
 
 
 class Workbench:
@@ -50,6 +60,8 @@ class Workbench:
         self.starved_for_work = False
         self.engine_ready = False
         self.snapshot: SnapshotState = "none"
+        self.suspects = Suspects()
+        self.to_save = False
         self._read_ahead = read_ahead
         self._queue_bytes = 0
         self._clock = clock
@@ -108,6 +120,7 @@ class Workbench:
                 return False
             self.queue.extend(requests)
             self._queue_bytes += sum(map(_size, requests))
+            self.suspects.add(shard.suspicion.among(inputs.__contains__))
             shard.inputs.update(inputs)
             self.changed.notify_all()
             return True
@@ -156,13 +169,27 @@ class Workbench:
     def take_news(self) -> list[News]:
         """What is to be published of each open shard that has anything new."""
         with self.changed:
-            found = [(shard, *shard.take_news(self._worker)) for shard in self.open.values()]
+            self.to_save = False
+            found = [
+                (
+                    shard,
+                    *shard.take_news(self._worker),
+                    shard.suspicion.merged(self.suspects.of(shard.has_row)),
+                )
+                for shard in self.open.values()
+            ]
             return [news for news in found if any(news[1:])]
 
     # -- the engine's side (the condition is held by the caller) ----------------------------------
 
+    def has_requests(self) -> bool:
+        """Whether the engine may get more: a group of suspects has it for itself."""
+        return bool(self.queue) and not (self.suspects.active and self.in_engine)
+
     def take_requests(self, room: int) -> list[Request]:
         """Up to ``room`` requests of shards that are still ours, marked as being in the engine."""
+        if room and self.suspects.active:
+            room = min(room, self._suspects_first(room))
         taken: list[Request] = []
         while self.queue and len(taken) < room:
             request = self.queue.popleft()
@@ -178,6 +205,17 @@ class Workbench:
             self.changed.notify_all()
         return taken
 
+    def _suspects_first(self, room: int) -> int:
+        """Put the next group of suspects at the head of the queue; returns how many the engine may get."""
+        while group := self.suspects.next_group(room):
+            wanted = set(group)
+            found = [request for request in self.queue if request.index in wanted]
+            if found:
+                self.queue = deque(request for request in self.queue if request.index not in wanted)
+                self.queue.extendleft(reversed(found))
+                return len(found)
+        return room
+
     def accept(self, items: Iterable[Completion | Rejection], spent: Spent) -> None:
         """Results from the engine."""
         self.report(spent)
@@ -190,6 +228,7 @@ class Workbench:
                 del self.in_engine[item.index]
                 values = input_as_json(shard.inputs.pop(item.index))
                 shard.fail(Failure(item.index, item.code, item.message, 1, values))
+                self.suspects.forget(item.index.__eq__)
                 continue
             own = shard.finish(item, self._worker, self._usd_per_hour)
             self._engine_kept += own
@@ -201,6 +240,7 @@ class Workbench:
             ):
                 del self.in_engine[item.index]
                 shard.inputs.pop(item.index)
+                self.suspects.forget(item.index.__eq__)
                 self.rows_done += 1
                 self.prompt_tokens += item.prompt_tokens
                 self.cached_tokens += item.cached_tokens
@@ -233,21 +273,24 @@ class Workbench:
         """What the engine has charged so far."""
         self.ledger.report(spent.charged_ns, spent.waste_ns, spent.at_ns)
 
-    def engine_ended(self, restart: bool) -> None:
+    def engine_ended(self, death: EngineDeath | None) -> None:
         """The engine is gone: its rows go back to the queue, to continue where the last snapshot saw
-        them; what else it computed was wasted."""
+        them; what else it computed was wasted. Of a ``death``, which is followed by another engine, the
+        rows in flight are suspected."""
         in_flight = {id(shard): shard for _, shard in self.in_engine.values() if shard.lease is not None}
         kept = self._engine_kept + sum(shard.own_in_flight() for shard in in_flight.values())
-        self.ledger.engine_ended(self._clock.now_ns(), kept, "startup" if restart else "storage")
+        self.ledger.engine_ended(self._clock.now_ns(), kept, "startup" if death else "storage")
         self._engine_kept = 0
         self.engine_ready = False
         self.snapshot = "none"
         self.to_drop.clear()
+        if death is not None and self.in_engine:
+            self._blame(death)
         back = []
         for row, (request, shard) in self.in_engine.items():
-            if shard.lease is None:
-                continue
             missing = shard.missing(row)
+            if shard.lease is None or not missing:
+                continue
             keys = [(sample, SampleKey(row, sample)) for sample in missing]
             resume = {sample: shard.partials[key].decoded for sample, key in keys if key in shard.partials}
             back.append(
@@ -265,6 +308,21 @@ class Workbench:
         self.queue.extendleft(reversed(back))
         self._queue_bytes += sum(map(_size, back))
         self.changed.notify_all()
+
+    def _blame(self, death: EngineDeath) -> None:
+        """Suspect the rows of which an engine died, and condemn one that can't be tried again."""
+        rows = [row for row, (_, shard) in self.in_engine.items() if shard.lease is not None]
+        condemned = self.suspects.died(rows, alone=len(self.in_engine) == 1)
+        if condemned is not None:
+            shard = self.in_engine[condemned][1]
+            self.ledger.lose(shard.own_charges(condemned, self._worker))
+            self.suspects.forget(condemned.__eq__)
+            values = input_as_json(shard.inputs.pop(condemned))
+            message = (
+                f"{DEATHS_ALONE} engines ended with this row alone in flight, the last one so: {death.how}"
+            )
+            shard.fail(Failure(condemned, death.code, message, DEATHS_ALONE, values))
+        self.to_save = True
 
     def update_account(self) -> None:
         """Tell the ledger what the worker does now; to be called after anything changed."""
@@ -289,6 +347,7 @@ class Workbench:
                 self.queue = deque(request for request in self.queue if not shard.has_row(request.index))
                 self._queue_bytes = sum(map(_size, self.queue))
                 self.to_drop += [row for row in self.in_engine if shard.has_row(row)]
+                self.suspects.forget(shard.has_row)
                 self.changed.notify_all()
 
     def close(self, shard: OpenShard) -> None:
@@ -308,6 +367,7 @@ class Workbench:
             assert not set(queued) & self.in_engine.keys()
             for shard in self.open.values():
                 shard.check()
+            self.suspects.check()
             self.ledger.check(self._clock.now_ns())
 
     def _queue_has_room(self) -> bool:

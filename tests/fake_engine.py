@@ -2,7 +2,7 @@
 
 Set BATCHINFER_ENGINE_FACTORY to ``tests/fake_engine.py:fake_engine``. FAKE_STEP is the seconds that a step
 takes, FAKE_TOKENS the most tokens of a row, FAKE_LOG a file that gets a line a decoded token, FAKE_DIE a
-file whose first taker exits at once.
+file whose first taker exits at once. A prompt with "deadly" ends the process, one with "endless" hangs it.
 """
 
 from __future__ import annotations
@@ -89,6 +89,11 @@ class FakeEngine:
             return done
         time.sleep(self._step_seconds)
         self._die()
+        prompts = [str(sample.request.prompt) for sample in self._running]
+        if any("deadly" in prompt for prompt in prompts):
+            os._exit(1)
+        if any("endless" in prompt for prompt in prompts):
+            time.sleep(3600)
         now = time.perf_counter_ns()
         spent, self.stats.accounted_until_ns = now - self.stats.accounted_until_ns, now
         share, rest = divmod(spent, len(self._running))

@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from simulated_engine import SimEngine, rejected, unreadable, unrendered, words
+from simulated_engine import SimEngine, crashing, rejected, stalling, unreadable, unrendered, words
 from simulated_retry import PlainStore, begin_round, check_rounds, heals
 from simulated_store import CALLS, FAULTS, FaultPlan, Faults, SimStore
 from simulated_world import SECOND, Broken, Process, SimClock, World
@@ -56,7 +56,9 @@ class Simulation:
     retries: int = 0
     capacity: int = 8
     read_ahead: int = 5
+    poison: bool = False
     world: World = field(init=False)
+    engine_deaths: int = 0
     resumed_tokens: int = 0
     decoded_tokens: int = 0
 
@@ -82,6 +84,18 @@ class Simulation:
 
     def rejects(self, row: int) -> bool:
         return rejected(row) and not (self.rounds and heals(row))
+
+    def expected_code(self, row: int) -> str:
+        """What must become of a row."""
+        if unreadable(row):
+            return "bad_line"
+        if unrendered(row):
+            return "render_error"
+        if self.rejects(row):
+            return "too_long"
+        if self.poison and crashing(row):
+            return "engine_crash"
+        return "engine_stall" if self.poison and stalling(row) else "answered"
 
     def engine_fails(self, share: float) -> bool:
         if share and self._failures_left and self.world.chance.random() < share:
@@ -260,14 +274,9 @@ class Simulation:
             if len(keys) != self.n * len({row for row, _ in keys}):
                 raise Broken(f"{name.part} holds a row with some of its samples")
         for index in range(self.shards * self.rows):
-            if unreadable(index):
-                expected_code = "bad_line"
-            elif unrendered(index):
-                expected_code = "render_error"
-            else:
-                expected_code = "too_long" if self.rejects(index) else "answered"
-            if seen.get(index) != expected_code:
-                raise Broken(f"row {index} is {seen.get(index)}, not {expected_code}")
+            expected = self.expected_code(index)
+            if seen.get(index) != expected:
+                raise Broken(f"row {index} is {seen.get(index)}, not {expected}")
         left = {index: failure.code for index, failure in check_rounds(self).items()}
         if left != {index: what for index, what in seen.items() if what != "answered"}:
             raise Broken(f"the failures left are {left}")
@@ -329,6 +338,7 @@ def from_seed(seed: int) -> Simulation:
         retries=2 if "rounds" in call else chance.choice([0, 0, 1, 2]),
         capacity=chance.choice([2, 8, 100]),
         read_ahead=chance.choice([1, 5, 100]),
+        poison=chance.random() < 0.4,
     )
 
 

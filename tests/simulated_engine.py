@@ -33,6 +33,8 @@ class Bench(Protocol):
 
     faults: Faults
     capacity: int
+    poison: bool
+    engine_deaths: int
     decoded_tokens: int
     resumed_tokens: int
 
@@ -57,6 +59,16 @@ def unreadable(row: int) -> bool:
 
 def unrendered(row: int) -> bool:
     return _hash(row, 79) % 19 == 0
+
+
+def crashing(row: int) -> bool:
+    """Whether an engine dies of the row, where a simulation has poison."""
+    return _hash(row, 80) % 14 == 0
+
+
+def stalling(row: int) -> bool:
+    """Whether an engine hangs on the row, where a simulation has poison."""
+    return _hash(row, 81) % 31 == 0
 
 
 def _hash(*values: int) -> int:
@@ -104,6 +116,8 @@ class SimEngine:
         self._world.pause(self._world.chance.randrange(1, 20) * SECOND)
         self._deliver(Ready(self._plan.capacity))
         while self._take():
+            if not self._survives():
+                break
             self._step()
             if self._plan.engine_fails(self._plan.faults.crash):
                 self._world.log("the engine dies")
@@ -113,6 +127,20 @@ class SimEngine:
                 self._hang()
                 break
         self._deliver(Ended("it was killed"))
+
+    def _survives(self) -> bool:
+        """Admit rows; the engine ends at those that are poison."""
+        while self._waiting and len(self._running) < 4:
+            self._running.append(self._waiting.pop(0))
+        rows = [sample.request.index for sample in self._running] if self._plan.poison else []
+        deadly, hanging = any(map(crashing, rows)), any(map(stalling, rows))
+        if deadly or hanging:
+            self._plan.engine_deaths += 1
+            self._world.log(f"poison among {rows}")
+            self._world.pause(self._world.chance.randrange(300_000_000, 3 * SECOND))
+            if not deadly:
+                self._hang()
+        return not (deadly or hanging)
 
     def _hang(self) -> None:
         with self._changed:
@@ -172,8 +200,6 @@ class SimEngine:
             )
 
     def _step(self) -> None:
-        while self._waiting and len(self._running) < 4:
-            self._running.append(self._waiting.pop(0))
         if not self._running:
             return
         self._world.pause(self._world.chance.randrange(300_000_000, 3 * SECOND))

@@ -13,6 +13,7 @@ from batchinfer.jobs.folder import JobFolder, ShardName, new_nonce
 from batchinfer.jobs.records import Failure
 from batchinfer.jobs.retry import current_failures, round_shards
 from batchinfer.jobs.rounds import FailedRow, RoundPlan, cut_round
+from batchinfer.jobs.suspects import DEATHS_ALONE
 from batchinfer.jobs.types import Shard
 
 
@@ -102,7 +103,8 @@ def check_rounds(simulation: Job) -> Mapping[int, Failure]:
     plans = [folder.read_round(number) for number in folder.list_rounds()]
     tried = [row.row_index for plan in plans for row in _rows(plan)]
     for row, failure in current.items():
-        if failure.attempts != 1 + tried.count(row):
+        last = DEATHS_ALONE if failure.code.startswith("engine_") else 1
+        if failure.attempts != last + tried.count(row):
             raise Broken(f"row {row} is said to have failed {failure.attempts} times")
     return current
 

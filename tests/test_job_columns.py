@@ -22,6 +22,7 @@ from batchinfer.jobs.samples import (
     inflight_from_bytes,
     inflight_to_bytes,
 )
+from batchinfer.jobs.suspects import Suspicion
 from batchinfer.jobs.types import JobError
 
 PASSED = pa.schema([("id", pa.int64()), ("tags", pa.list_(pa.string()))])
@@ -83,7 +84,8 @@ def test_finished_samples_and_failures_survive_storage(
     )
 )
 def test_samples_in_flight_survive_storage(partials: dict[SampleKey, Partial]) -> None:
-    assert inflight_from_bytes(inflight_to_bytes(partials)) == partials
+    suspicion = Suspicion(((4, 5), (6,)), {6: 2})
+    assert inflight_from_bytes(inflight_to_bytes(partials, suspicion)) == (partials, suspicion)
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), counts, st.lists(counts, max_size=3)), max_size=5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -101,7 +102,9 @@ def test_undisturbed_nothing_is_wasted_and_no_lease_changes_hands(seed: int) -> 
         simulator.Faults(slow=0.2),
         simulator.Faults(lost_reply=0.1, error=0.05),
     ):
-        simulation = replace(simulator.from_seed(seed), faults=faults, drains=0, cancels=0).run()
+        simulation = replace(
+            simulator.from_seed(seed), faults=faults, drains=0, cancels=0, poison=False
+        ).run()
         keys = [key for key in simulation.world.objects if "/claims/" in key]
         assert not [key for key in keys if not key.endswith("/0001.json")]
         assert simulation.settlement.bill.waste == 0
@@ -114,16 +117,38 @@ def test_undisturbed_nothing_is_wasted_and_no_lease_changes_hands(seed: int) -> 
             assert simulation.records[process.name].bill.total <= life
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_undisturbed_a_poison_row_costs_a_bounded_number_of_engines(seed: int) -> None:
+    capacity = 16
+    simulation = replace(
+        simulator.from_seed(seed),
+        faults=simulator.Faults(),
+        drains=0,
+        cancels=0,
+        poison=True,
+        capacity=capacity,
+        rows=20,
+    ).run()
+    rows = range(simulation.shards * simulation.rows)
+    codes = [simulation.expected_code(row) for row in rows]
+    poison = sum(code.startswith("engine_") for code in codes)
+    assert simulation.engine_deaths <= poison * (math.log2(capacity) + 3)
+
+
 @pytest.mark.parametrize("seed", range(25))
 def test_after_a_drain_no_token_is_decoded_again(seed: int) -> None:
-    simulation = replace(simulator.from_seed(seed), faults=simulator.Faults(), drains=4, cancels=1).run()
+    simulation = replace(
+        simulator.from_seed(seed), faults=simulator.Faults(), drains=4, cancels=1, poison=False
+    ).run()
     assert simulation.decoded_tokens == total_tokens(simulation)
 
 
 def test_drains_are_resumed_from_tokens_in_flight() -> None:
     resumed = 0
     for seed in range(25):
-        simulation = replace(simulator.from_seed(seed), faults=simulator.Faults(), drains=4).run()
+        simulation = replace(
+            simulator.from_seed(seed), faults=simulator.Faults(), drains=4, poison=False
+        ).run()
         resumed += simulation.resumed_tokens
     assert resumed > 20
 
@@ -202,8 +227,8 @@ def no_heartbeat_before_publishing(patch: pytest.MonkeyPatch) -> None:
 
 
 def _flush_without_beat(publisher: Publisher) -> None:
-    for shard, samples, failures, partials in publisher._bench.take_news():
-        shard.writer.write(samples, failures, partials)
+    for shard, samples, failures, partials, suspicion in publisher._bench.take_news():
+        shard.writer.write(samples, failures, partials, suspicion)
 
 
 def half_answered_rows(patch: pytest.MonkeyPatch) -> None:

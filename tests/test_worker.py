@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -299,6 +300,34 @@ def test_an_engine_that_dies_is_started_again(make_job: MakeJob) -> None:
     assert process.wait(WAIT) == 0
     job.check()
     assert not trigger.exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "code", "rows", "pace"),
+    [
+        ("deadly", "engine_crash", 60, {"lease": 4.0, "flush": 0.5}),
+        ("endless", "engine_stall", 4, {"lease": 1.0, "flush": 0.5, "stall": 0.6}),
+    ],
+)
+def test_the_one_row_that_engines_die_of_is_condemned(
+    word: str, code: str, rows: int, pace: dict[str, float], make_job: MakeJob, tmp_path: Path
+) -> None:
+    source = tmp_path / "in.jsonl"
+    poison = rows * 2 // 3
+    lines = [{"id": f"id {row}", "text": word if row == poison else f"row {row}"} for row in range(rows)]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    job = make_job(source=source, shard_rows=rows // 2)
+    process = job.start(BATCHINFER_PACE=json.dumps(pace))
+    _, errors = process.communicate(timeout=WAIT)
+    assert process.returncode == 0
+    job.check(failed={poison: code})
+    deaths = errors.count(b"starting it again")
+    assert 3 <= deaths <= math.ceil(math.log2(rows)) + 3
+    [shard] = [shard for shard in job.folder.committed() if job.folder.read_footer(shard).failed_rows]
+    [failure] = job.folder.read_failures(shard, job.folder.read_footer(shard).failures or "")
+    assert failure.attempts == 3 and json.loads(failure.input or "")["text"] == word
+    reason = "exit code 1" if word == "deadly" else "no step"
+    assert reason in failure.message
 
 
 def test_an_engine_that_always_dies_ends_the_worker(make_job: MakeJob) -> None:
