@@ -64,7 +64,7 @@ def estimate(
 
     Raises JobError where the model's chat template refuses every sampled row.
     """
-    sampled: list[tuple[int, Prompt]] = []
+    sampled: list[tuple[int, Prompt, int | None]] = []
     problems: list[RowError] = []
     looked_at = 0
     for row in _sample(splits, read):
@@ -73,13 +73,17 @@ def estimate(
             problems.append(RowError(row.code, row.message))
             continue
         try:
-            sampled.append((row.index, prompts.render(row.values)))
+            prompt = prompts.render(row.values)
+            own = prompts.sampling
+            most = spec.sampling.max_tokens if own is None else own(row.values).max_tokens
+            sampled.append((row.index, prompt, most))
         except RowError as error:
             problems.append(error)
     lengths: list[tuple[int, int]] = []
+    generated = 0
     refused = 0
-    counts = model.count_tokens([prompt for _, prompt in sampled])
-    for (index, _), tokens in zip(sampled, counts, strict=True):
+    counts = model.count_tokens([prompt for _, prompt, _ in sampled])
+    for (index, _, most), tokens in zip(sampled, counts, strict=True):
         if isinstance(tokens, RowError):
             problems.append(tokens)
             refused += 1
@@ -89,10 +93,10 @@ def estimate(
             )
         else:
             lengths.append((tokens, index))
+            room = model.max_context - tokens
+            generated += min(most or room, room) * spec.sampling.n
     if refused and refused == looked_at:
         raise JobError(f"the model {spec.model.source} can't take these messages: {problems[0].message}")
-    limit = spec.sampling.max_tokens or model.max_context
-    generated = sum(min(limit, model.max_context - tokens) for tokens, _ in lengths) * spec.sampling.n
     scale = rows / looked_at if looked_at else 0.0
     prompt_tokens = round(scale * sum(tokens for tokens, _ in lengths))
     completion_tokens = round(scale * generated)

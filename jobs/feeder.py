@@ -30,7 +30,8 @@ class Work:
 
     ``schema`` is that of the parts, ``passed`` the input's columns in it. ``read`` gives all rows of a
     split with the columns that are passed and prompted; ``render`` raises RowError. ``next_round`` gives
-    the shards of a retry round, by its number; none where it was not begun.
+    the shards of a retry round, by its number; none where it was not begun. ``row_sampling`` is how a row
+    is sampled that says so itself; its ``n`` is the job's.
     """
 
     shards: Mapping[ShardName, Shard]
@@ -40,6 +41,7 @@ class Work:
     read: Callable[[Split], Iterable[RowBatch]]
     render: Callable[[Mapping[str, Any]], Any]
     next_round: Callable[[int], Mapping[ShardName, Shard]]
+    row_sampling: Callable[[Mapping[str, Any]], SamplingParams] | None = None
 
 
 class Feeder:
@@ -114,6 +116,8 @@ class Feeder:
                 continue
             try:
                 prompt = self._work.render(row.values)
+                own = self._work.row_sampling
+                sampling = self._work.sampling if own is None else own(row.values)
             except RowError as error:
                 values = input_as_json(row.values)
                 failures.append(Failure(row.index, error.code, error.message, 1, values))
@@ -121,6 +125,6 @@ class Feeder:
             keys = ((sample, SampleKey(row.index, sample)) for sample in missing)
             resume = {sample: shard.partials[key].decoded for sample, key in keys if key in shard.partials}
             samples = None if len(missing) == shard.n else missing
-            requests.append(Request(row.index, prompt, self._work.sampling, resume, samples))
+            requests.append(Request(row.index, prompt, sampling, resume, samples))
             inputs[row.index] = row.values
         return requests, inputs, failures

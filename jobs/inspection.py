@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from batchinfer.engine.types import Message, ModelError
+from batchinfer.engine.types import ModelError
 from batchinfer.jobs.models import local_model
+from batchinfer.jobs.prompts import Prompt
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.types import JobError, RowError
 
@@ -25,7 +26,7 @@ class InspectedModel:
     max_context: int
     _tokenizer: object
 
-    def count_tokens(self, prompts: Sequence[str | Sequence[Message]]) -> list[int | RowError]:
+    def count_tokens(self, prompts: Sequence[Prompt]) -> list[int | RowError]:
         """How many tokens each prompt has, or why it has none: messages that the template refuses."""
         from batchinfer.engine.tokenizer import Tokenizer
 
@@ -38,8 +39,12 @@ class InspectedModel:
             if isinstance(prompt, str):
                 counts.append(len(next(encoded)))
                 continue
+            messages = [part for part in prompt if not isinstance(part, int)]
+            if not messages:
+                counts.append(len(prompt))  # token ids
+                continue
             try:
-                counts.append(len(tokenizer.apply_chat_template(prompt)))
+                counts.append(len(tokenizer.apply_chat_template(messages)))
             except ValueError as error:
                 counts.append(RowError("chat_template", str(error)))
         return counts

@@ -14,7 +14,7 @@ from batchinfer.connectors.types import BadRow, InputFile, Row, Split
 from batchinfer.jobs.columns import output_schema
 from batchinfer.jobs.estimate import Estimate, estimate
 from batchinfer.jobs.inspection import inspect_model
-from batchinfer.jobs.prompts import compile_prompts
+from batchinfer.jobs.prompts import compile_prompts, widest_sampling
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.types import JobError, Shard
 
@@ -79,7 +79,7 @@ def make_plan(spec: JobSpec) -> Plan:
             f"the input {', '.join(spec.input.uri)} has no rows: correct input.uri, or nothing is to do"
         )
     prompts = compile_prompts(spec, scan.schema)
-    schema = output_schema(_passed(spec, scan.schema), spec.sampling_params(), spec.output.tokens)
+    schema = output_schema(_passed(spec, scan.schema), *widest_sampling(spec, scan.schema))
     model = inspect_model(spec)
 
     def read(split: Split) -> Iterable[Row | BadRow]:

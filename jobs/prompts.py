@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from batchinfer.engine.types import Message
+from batchinfer.connectors.openai import LOGPROBS
+from batchinfer.engine.types import Message, SamplingParams
+from batchinfer.jobs.batch_requests import read_request
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.template import Template, compile_template
 from batchinfer.jobs.types import JobError, RowError
 
-Prompt = str | tuple[Message, ...]
+Prompt = str | tuple[int, ...] | tuple[Message, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
     """How a job makes its prompts: ``columns`` are those it reads, ``render`` makes one row's prompt.
 
-    ``render`` raises RowError with the code ``render_error``.
+    ``render`` raises RowError with the code ``render_error``. Where rows say themselves how they are
+    sampled, ``sampling`` tells it from a row's values. In batch files both raise RowError with the code
+    ``bad_request``.
     """
 
     columns: tuple[str, ...]
     render: Callable[[Mapping[str, Any]], Prompt]
+    sampling: Callable[[Mapping[str, Any]], SamplingParams] | None = None
 
 
 def compile_prompts(spec: JobSpec, schema: pa.Schema) -> Prompts:
@@ -35,6 +40,13 @@ def compile_prompts(spec: JobSpec, schema: pa.Schema) -> Prompts:
     Raises JobError for a template that is wrong, and for a column that is not there or of the wrong type,
     naming the columns there are.
     """
+    if spec.input.format == "openai":
+        tokens = spec.output.tokens
+        return Prompts(
+            tuple(schema.names),
+            lambda values: read_request(values, tokens)[0],
+            lambda values: read_request(values, tokens)[1],
+        )
     if spec.prompt is not None:
         template = _template("prompt", spec.prompt, schema)
         return Prompts(template.columns, template.render)
@@ -60,6 +72,17 @@ def compile_prompts(spec: JobSpec, schema: pa.Schema) -> Prompts:
         "a list of structs with role and content, or the same as a JSON string",
     )
     return Prompts((name,), lambda values: _messages(name, values.get(name)))
+
+
+def widest_sampling(spec: JobSpec, schema: pa.Schema) -> tuple[SamplingParams, bool]:
+    """What the output must have columns for, and whether it has those of single tokens.
+
+    That is the job's sampling and ``output.tokens``; of batch files, whose rows differ, what any asks for.
+    """
+    sampling = spec.sampling_params()
+    if spec.input.format == "openai" and LOGPROBS.name in schema.names:
+        return replace(sampling, logprobs=1), True
+    return sampling, spec.output.tokens
 
 
 def _template(where: str, source: str, schema: pa.Schema) -> Template:

@@ -15,6 +15,7 @@ from batchinfer.jobs.types import JobError, Shard
 PERMANENT = frozenset(
     {
         "bad_line",
+        "bad_request",
         "type_mismatch",
         "render_error",
         "chat_template",

@@ -130,8 +130,9 @@ class InputSpec(Part):
         Field(min_length=1),
         BeforeValidator(_one_as_list, json_schema_input_type=str | list[str]),
     ] = Field(description="a file, a folder, a glob, or a list of them")
-    format: Literal["auto", "parquet", "jsonl", "csv"] = Field(
-        default="auto", description="auto: by the file names"
+    format: Literal["auto", "parquet", "jsonl", "csv", "openai"] = Field(
+        default="auto",
+        description="auto: by the file names; openai: batch files, each line with its prompt and sampling",
     )
     columns: tuple[str, ...] | None = Field(default=None, description="columns to pass through; null: all")
 
@@ -280,9 +281,15 @@ PROMPT_FIELDS: tuple[PromptField, ...] = ("prompt", "messages", "prompt_column",
 
 
 def _exactly_one_prompt(schema: dict[str, Any]) -> None:
-    schema["oneOf"] = [
+    prompts: list[dict[str, Any]] = [
         {"required": [name], "properties": {name: {"not": {"type": "null"}}}} for name in PROMPT_FIELDS
     ]
+    batch_file = {
+        "properties": {"input": {"required": ["format"], "properties": {"format": {"const": "openai"}}}}
+    }
+    schema["if"] = batch_file
+    schema["then"] = {"not": {"anyOf": prompts}}
+    schema["else"] = {"oneOf": prompts}
 
 
 class JobSpec(Part):
@@ -318,7 +325,15 @@ class JobSpec(Part):
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:
         given = [name for name in PROMPT_FIELDS if getattr(self, name) is not None]
-        if len(given) != 1:
+        if self.input.format == "openai":
+            own = [*given, *["sampling"] * (self.sampling != SamplingSpec())]
+            if own:
+                raise _error(
+                    "can't be given beside input.format openai, as every line of a batch file carries its "
+                    "own: remove it",
+                    field=own[0],
+                )
+        elif len(given) != 1:
             found = " and ".join(given) if given else "none of them"
             raise _error(
                 f"exactly one of {', '.join(PROMPT_FIELDS)} says what to ask the model, but there is "
@@ -331,11 +346,6 @@ class JobSpec(Part):
                     field=f"storage.{prefix}",
                 )
         return self
-
-    @property
-    def prompt_field(self) -> PromptField:
-        """Which of the four prompt fields is given."""
-        return next(name for name in PROMPT_FIELDS if getattr(self, name) is not None)
 
     def storage_options(self) -> dict[str, dict[str, Any]]:
         """The settings of stores by URI prefix, as ``connectors.storage`` takes them."""

@@ -31,7 +31,7 @@ from batchinfer.jobs.processes import (
     end_with_parent,
     process_started_ns,
 )
-from batchinfer.jobs.prompts import compile_prompts
+from batchinfer.jobs.prompts import compile_prompts, widest_sampling
 from batchinfer.jobs.records import Bill, Control, JobRecord, WorkerRecord
 from batchinfer.jobs.retry import last_round, round_shards
 from batchinfer.jobs.spec import JobSpec, parse_spec
@@ -112,8 +112,8 @@ def read_work(folder: JobFolder, record: JobRecord, spec: JobSpec) -> Work:
         return round_shards(folder, plan, number)
 
     shards = last_round(folder, plan)
-    sampling = spec.sampling_params()
-    passed = passed_columns(record.schema, sampling, spec.output.tokens)
+    sampling, tokens = widest_sampling(spec, record.input_schema)
+    passed = passed_columns(record.schema, sampling, tokens)
     prompts = compile_prompts(spec, record.input_schema)
     columns = list(dict.fromkeys([*passed.names, *prompts.columns]))
     storage = spec.storage_options()
@@ -121,7 +121,7 @@ def read_work(folder: JobFolder, record: JobRecord, spec: JobSpec) -> Work:
     def read(split: Split) -> Iterable[RowBatch]:
         return read_batches(split, record.input_schema, columns, storage)
 
-    return Work(shards, record.schema, passed, sampling, read, prompts.render, next_round)
+    return Work(shards, record.schema, passed, sampling, read, prompts.render, next_round, prompts.sampling)
 
 
 def engine_config(spec: JobSpec) -> EngineConfig:

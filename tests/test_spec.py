@@ -181,7 +181,7 @@ def test_the_schema_knows_the_short_forms_and_the_four_prompts() -> None:
     schema = JobSpec.model_json_schema()
     kinds = {kind.get("type") for kind in schema["properties"]["model"]["anyOf"]}
     assert "string" in kinds
-    assert [option["required"] for option in schema["oneOf"]] == [
+    assert [option["required"] for option in schema["else"]["oneOf"]] == [
         ["prompt"],
         ["messages"],
         ["prompt_column"],
