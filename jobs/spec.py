@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from batchinfer.engine.types import SamplingParams
+from batchinfer.jobs.backends.options import OptionsSpec
 from batchinfer.jobs.spec_errors import sentence
 from batchinfer.jobs.types import JobError
 
@@ -29,6 +30,11 @@ _CREDENTIAL = re.compile(
     r"(access|account|api|private|secret|shared)_key)$|^(key|secret_access_key)$"
 )
 _URI_WITH_PASSWORD = re.compile(r"^[a-z][a-z0-9+.-]*://[^/@]*:[^/@]*@", re.IGNORECASE)
+_SECRET_VALUE = re.compile(
+    r"(?<![A-Za-z0-9])(AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])|-----BEGIN [A-Z ]*PRIVATE KEY|"
+    r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{30,}|[a-z][a-z0-9+.-]*://[^/@\s]*:[^/@\s]*@"
+)
+_ASSIGNMENT = re.compile(r"(?:^|[\s;])([A-Za-z_][A-Za-z0-9_]*)=[\"']?(?![\"'$\s])\S")
 _SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?\s*$", re.IGNORECASE)
 
 
@@ -56,6 +62,14 @@ def _refuse_credentials(value: Any, path: tuple[str, ...] = ()) -> None:
     elif isinstance(value, list | tuple):
         for inner in value:
             _refuse_credentials(inner, path)
+    elif isinstance(value, str) and (
+        _SECRET_VALUE.search(value) or any(map(looks_like_credential, _ASSIGNMENT.findall(value)))
+    ):
+        raise _error(
+            "holds a credential, and a job's spec is stored beside its output: remove it and set it in the "
+            "environment of the workers, or give them a role",
+            field=".".join(path),
+        )
 
 
 def _checked_uri(uri: str) -> str:
@@ -71,6 +85,24 @@ def _checked_uri(uri: str) -> str:
 
 def _without_credentials(value: Any) -> Any:
     _refuse_credentials(value)
+    return value
+
+
+def _options_without_credentials(value: Any) -> Any:
+    """Options may name variables whose values a service keeps as secrets, but not hold these values."""
+    if not isinstance(value, Mapping):
+        return value
+    for backend, options in value.items():
+        if isinstance(options, Mapping) and isinstance(options.get("secrets"), Mapping):
+            for name, reference in options["secrets"].items():
+                if not str(reference).startswith(("arn:", "projects/")):
+                    raise _error(
+                        "is no address of a secret: give where the service keeps it (arn:… or projects/…), "
+                        "never its value",
+                        field=f"{backend}.secrets.{name}",
+                    )
+            options = {key: inner for key, inner in options.items() if key != "secrets"}
+        _refuse_credentials(options, (str(backend),))
     return value
 
 
@@ -207,31 +239,25 @@ class WorkersSpec(Part):
     """Who does the work; may change between submits of one job."""
 
     count: Positive = Field(default=1, description="workers to start")
-    backend: Literal["local"] = Field(default="local", description="who starts them")
+    backend: Literal["local", "slurm", "kubernetes", "aws_batch", "gcp_batch"] = Field(
+        default="local", description="who starts them"
+    )
     gpus: StrictInt = Field(default=1, ge=0, description="of one worker; without any it runs on the CPU")
     cpus: StrictFloat | None = Field(default=None, gt=0, description="of one worker")
     memory: Bytes | None = Field(
-        default=None, description="of one worker: bytes, or a string such as 16GiB"
+        default=None,
+        description="of one worker, such as 16GiB; local workers share out this machine's",
     )
-    image: str | None = Field(default=None, description="the container image of a worker")
+    image: str | None = Field(
+        default=None, description="the container image of a worker, for backends that run containers"
+    )
     spot: StrictBool = Field(
         default=True, description="use interruptible machines where the backend has them"
     )
     max_attempts: Positive = Field(default=5, description="starts of one worker before it is given up")
-    options: Annotated[dict[str, Any], AfterValidator(_without_credentials)] = Field(
-        default_factory=dict, description="further settings of the backend"
+    options: Annotated[OptionsSpec, BeforeValidator(_options_without_credentials)] = Field(
+        default=OptionsSpec(), description="further settings, by backend"
     )
-
-    @model_validator(mode="after")
-    def _what_the_backend_knows(self) -> Self:
-        for name in ("memory", "image", "options"):
-            if getattr(self, name):
-                raise _error(
-                    f"means nothing to the backend {self.backend}, whose workers share out this machine: "
-                    "remove it",
-                    field=name,
-                )
-        return self
 
 
 class PriceSpec(Part):

@@ -105,13 +105,13 @@ def test_asking_for_tokens_asks_for_their_log_probabilities() -> None:
         ("workers.count", 0, ["workers.count", "0"]),
         ("workers.backend", "slurmm", ["workers.backend", "'slurmm'", "'local'"]),
         ("workers.memory", "much", ["workers.memory", "'much'", "16GiB"]),
-        ("workers.memory", "16GiB", ["workers.memory", "local", "remove it"]),
-        ("workers.image", "python:3", ["workers.image", "local", "remove it"]),
-        ("workers.options", {"queue": "x"}, ["workers.options", "local", "remove it"]),
+        ("workers.options", {"queue": "x"}, ["workers.options.queue", "workers.options.aws_batch.queue"]),
+        ("workers.options", {"slurm": {"partitionn": "x"}}, ["options.slurm.partitionn", "mean partition"]),
+        ("workers.options", {"slurm": {"time": "soon"}}, ["workers.options.slurm.time", "'soon'"]),
         (
             "workers.options",
-            {"env": {"awsSecretKey": "x"}},
-            ["workers.options.env.awsSecretKey", "credential"],
+            {"kubernetes": {"env": {"awsSecretKey": "x"}}},
+            ["workers.options.kubernetes.env.awsSecretKey", "credential"],
         ),
         ("price.usd_per_hour", -2, ["price.usd_per_hour", "-2"]),
         ("budget.max_usd", 5.0, ["budget.max_usd", "5.0", "remove it"]),
@@ -137,11 +137,24 @@ def test_the_value_of_a_credential_is_never_repeated() -> None:
     for spec in (
         changed("storage", {"s3://demo/": {"secret": "hunter2"}}),
         changed("input.uri", "s3://key:hunter2@bucket/x"),
-        changed("workers.options", {"api_key": "hunter2"}),
+        changed("workers.options", {"slurm": {"api_key": "hunter2"}}),
+        changed("workers.options", {"aws_batch": {"secrets": {"HF_TOKEN": "hunter2"}}}),
+        changed("workers.options", {"slurm": {"setup": ["export AWS_SECRET_ACCESS_KEY=hunter2"]}}),
+        changed("workers.options", {"kubernetes": {"env": {"STORE": "https://me:hunter2@host/"}}}),
+        changed("workers.options", {"gcp_batch": {"env": {"NAME": "AKIA1234567890HUNTER"}}}),
+        changed("workers.options", {"aws_batch": {"env": {"NAME": "hf_" + "hunter2" * 5}}}),
     ):
         with pytest.raises(JobError) as refused:
             parse_spec(spec)
-        assert "hunter2" not in str(refused.value)
+        assert "hunter" not in str(refused.value).lower()
+        assert "credential" in str(refused.value) or "never its value" in str(refused.value)
+
+
+def test_a_service_may_be_told_where_it_keeps_secrets() -> None:
+    arn = "arn:aws:secretsmanager:eu-west-1:1:secret:token"
+    spec = parse_spec(changed("workers.options", {"aws_batch": {"secrets": {"HF_TOKEN": arn}}}))
+    assert spec.workers.options.aws_batch.secrets == {"HF_TOKEN": arn}
+    parse_spec(changed("workers.options", {"slurm": {"setup": ["export HF_TOKEN=$(cat ~/.token)"]}}))
 
 
 def test_several_errors_name_every_field() -> None:

@@ -1,0 +1,96 @@
+"""What a job spec may say of each batch service under ``workers.options``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
+
+
+class ServiceOptions(BaseModel):
+    """Settings of one service: frozen, and strict about keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SlurmOptions(ServiceOptions):
+    """Of sbatch."""
+
+    partition: str | None = Field(default=None, description="partition of the cluster; null: its default")
+    account: str | None = Field(default=None, description="who is charged")
+    qos: str | None = Field(default=None, description="quality of service")
+    time: str | None = Field(
+        default=None,
+        pattern=r"^[0-9]+(-[0-9]+)?(:[0-9]+){0,2}$",
+        description="time limit of one start, such as 4:00:00; workers are requeued at it",
+    )
+    gres: str | None = Field(
+        default=None, description="generic resources, such as gpu:a100:1; null: gpu:GPUS"
+    )
+    setup: tuple[str, ...] = Field(
+        default=(), description="shell lines before the worker starts, such as module load cuda"
+    )
+    sbatch: tuple[str, ...] = Field(
+        default=(), description="further options of sbatch, such as --constraint=a100"
+    )
+
+
+class KubernetesOptions(ServiceOptions):
+    """Of the Job and its pods."""
+
+    context: str | None = Field(default=None, description="of kubectl; null: the current one")
+    namespace: str | None = Field(default=None, description="where the Job is; null: the context's")
+    service_account: str | None = Field(default=None, description="whose identity reaches the stores")
+    node_selector: dict[str, str] = Field(default_factory=dict, description="labels that nodes must have")
+    tolerations: tuple[dict[str, Any], ...] = Field(
+        default=(), description="further taints that pods tolerate"
+    )
+    env: dict[str, str] = Field(default_factory=dict, description="environment of the workers")
+    secrets: tuple[str, ...] = Field(
+        default=(), description="names of Secrets whose keys become environment variables"
+    )
+
+
+class AwsBatchOptions(ServiceOptions):
+    """Of the job definition and the job."""
+
+    queue: str | None = Field(default=None, description="name or ARN of the job queue; must be given")
+    region: str | None = Field(default=None, description="of the queue; null: the environment's")
+    job_role: str | None = Field(default=None, description="ARN of the role by which workers reach stores")
+    execution_role: str | None = Field(
+        default=None, description="ARN of the role that starts containers; secrets and Fargate need it"
+    )
+    env: dict[str, str] = Field(default_factory=dict, description="environment of the workers")
+    secrets: dict[str, str] = Field(
+        default_factory=dict,
+        description="environment variables whose values are in Secrets Manager or Parameter Store, by ARN",
+    )
+
+
+class GcpBatchOptions(ServiceOptions):
+    """Of the Job of Google Cloud Batch."""
+
+    project: str | None = Field(default=None, description="project of the job; must be given")
+    location: str | None = Field(default=None, description="region of the job; must be given")
+    machine_type: str | None = Field(default=None, description="of the workers' machines; null: by cpus")
+    accelerator: str | None = Field(
+        default=None, description="type of GPU, such as nvidia-l4; null: the machine type's own"
+    )
+    service_account: str | None = Field(
+        default=None, description="email of the account by which workers reach stores"
+    )
+    boot_disk_gib: StrictInt | None = Field(default=None, ge=10, description="size of the boot disk")
+    env: dict[str, str] = Field(default_factory=dict, description="environment of the workers")
+    secrets: dict[str, str] = Field(
+        default_factory=dict,
+        description="environment variables whose values are in Secret Manager, by resource name",
+    )
+
+
+class OptionsSpec(ServiceOptions):
+    """Settings by backend, so that one spec runs on each."""
+
+    slurm: SlurmOptions = SlurmOptions()
+    kubernetes: KubernetesOptions = KubernetesOptions()
+    aws_batch: AwsBatchOptions = AwsBatchOptions()
+    gcp_batch: GcpBatchOptions = GcpBatchOptions()
