@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
@@ -16,6 +16,7 @@ import typer
 if TYPE_CHECKING:
     from batchinfer.jobs.job import Job
     from batchinfer.jobs.status import JobStatus
+    from batchinfer.jobs.submit import Submitted
 
 P = ParamSpec("P")
 
@@ -127,10 +128,9 @@ def submit(
     as_json: AsJson = False,
 ) -> int:
     """Start a job, or resume it where it stands."""
-    from batchinfer.jobs.live import follow
     from batchinfer.jobs.spec_source import load_spec
-    from batchinfer.jobs.submit import commit_job, start_workers
-    from batchinfer.jobs.view import bill_lines, submit_lines
+    from batchinfer.jobs.submit import commit_job
+    from batchinfer.jobs.view import submit_lines
 
     changes = list(overrides or ())
     if workers is not None:
@@ -142,16 +142,30 @@ def submit(
     for line in submit_lines(submitted):
         say(line)
     if submitted.complete:
-        found = job.status()
-    else:
-        with start_workers(submitted, attached=wait) as started:
-            if not wait:
-                count = len(started.processes)
-                say(f"Started {count} workers; `batchinfer status {job.uri}` tells how they do.")
-                if as_json:
-                    emit({"uri": job.uri, "resumed": submitted.plan is None, "workers": count})
-                return 0
-            found = follow(job, started)
+        return _tell_end(job, job.status(), as_json)
+    return _run_workers(submitted, wait, as_json, {"resumed": submitted.plan is None})
+
+
+def _run_workers(submitted: Submitted, wait: bool, as_json: bool, news: Mapping[str, Any]) -> int:
+    """Start a job's workers and leave them to it, or follow them to the end."""
+    from batchinfer.jobs.live import follow
+    from batchinfer.jobs.submit import start_workers
+
+    job = submitted.job
+    with start_workers(submitted, attached=wait) as started:
+        if not wait:
+            count = len(started.processes)
+            say(f"Started {count} workers; `batchinfer status {job.uri}` tells how they do.")
+            if as_json:
+                emit({"uri": job.uri, **news, "workers": count})
+            return 0
+        return _tell_end(job, follow(job, started), as_json)
+
+
+def _tell_end(job: Job, found: JobStatus, as_json: bool) -> int:
+    """Say how a job that is over has ended."""
+    from batchinfer.jobs.view import bill_lines
+
     if found.state == "done":
         for line in bill_lines(job.bill()):
             say(line)
@@ -255,6 +269,31 @@ def results(
             print(line)
     else:
         show_table(schema, batches)
+
+
+@app.command()
+@command
+def retry(
+    job_uri: JobUri,
+    codes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--code", metavar="CODE", help="Rows that failed so; default: all whose failure may pass."
+        ),
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Show progress until they are done.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Workers to start; default: the job's.")
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Try a complete job's failed rows again."""
+    from batchinfer.jobs.submit import retry_job
+
+    submitted, plan = retry_job(job_uri, codes or (), workers)
+    rows = "1 row" if plan.rows == 1 else f"{plan.rows:,} rows"
+    say(f"Trying {rows} of the job at {submitted.job.uri} again.")
+    return _run_workers(submitted, wait, as_json, {"rows": plan.rows})
 
 
 @app.command()

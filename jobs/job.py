@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -17,6 +17,8 @@ from batchinfer.connectors.storage import join_uri, normalize_uri, open_store, p
 from batchinfer.jobs.cost import Settlement
 from batchinfer.jobs.folder import JobFolder, ShardName
 from batchinfer.jobs.records import FAILURES_SCHEMA, JobRecord, WorkerRecord
+from batchinfer.jobs.retry import begin_round, current_failures
+from batchinfer.jobs.rounds import RoundPlan, in_order
 from batchinfer.jobs.status import JobStatus, StatusReader
 from batchinfer.jobs.types import JobError
 
@@ -37,6 +39,7 @@ class Job:
     ) -> None:
         """Open the job. Raises JobError where there is none, StorageError where the store refuses."""
         self.uri = normalize_uri(uri)
+        self._storage = storage
         self._folder = JobFolder(open_store(self.uri, storage))
         self._status = StatusReader(self._folder, before)
 
@@ -80,16 +83,44 @@ class Job:
         """Ask all workers to stop; what is done is kept, and submitting again goes on from there."""
         self._folder.append_control(lambda control: replace(control, state="cancel"))
 
+    def begin_retry(self, codes: Collection[str] = ()) -> tuple[int, RoundPlan]:
+        """Begin a retry round, of the current failures with these ``codes`` (none: of those that may
+        pass); starts no worker. Returns its number and its rows.
+
+        Raises JobError where the job is not complete or nothing can be retried.
+        """
+        count = self._folder.read_control().workers or self.record.spec["workers"]["count"]
+        begun = begin_round(self._folder, self.record, codes, count)
+        if self._folder.read_control().state != "run":
+            self._folder.append_control(lambda control: replace(control, state="run"))
+        return begun
+
+    def retry(self, codes: Collection[str] = (), workers: int | None = None) -> int:
+        """Try failed rows again: begins a retry round (:meth:`begin_retry`) and starts its workers, which
+        outlive this process. Returns how many rows it is about."""
+        from batchinfer.jobs.submit import retry_job, start_workers
+
+        retried, plan = retry_job(self.uri, codes, workers, self._storage)
+        start_workers(retried, attached=False)
+        return plan.rows
+
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The rows of committed parts, in the order of the input, a bounded number at a time."""
+        rounds: dict[int, list[ShardName]] = {}
         for shard in self._parts():
+            rounds.setdefault(shard.round, []).append(shard)
+        return in_order([self._batches_of(parts) for parts in rounds.values()])
+
+    def _batches_of(self, parts: Iterable[ShardName]) -> Iterator[pa.RecordBatch]:
+        for shard in parts:
             file = ObjectFile(self._folder.store, shard.part)
             # One thread and no read-ahead: pyarrow's own threads would wait for Python at its end.
             part = pq.ParquetFile(pa.PythonFile(file, mode="r"), pre_buffer=False)
             yield from part.iter_batches(_BATCH_ROWS, use_threads=False)
 
     def dataset(self) -> pyarrow.dataset.Dataset:
-        """The rows of committed parts, in the order of the input, as a pyarrow dataset."""
+        """The rows of committed parts as a pyarrow dataset, in the order of the input; those that a
+        retry round answered come after the others."""
         parts = self._parts()
         format = pyarrow.dataset.ParquetFileFormat()
         if protocol_of(self.uri) == "file":
@@ -109,14 +140,16 @@ class Job:
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows of committed parts, in the order of the input, in memory."""
-        return self.dataset().to_table(columns=None if columns is None else list(columns))
+        wanted = list(self.record.schema.names if columns is None else columns)
+        if not any(shard.round for shard in self._parts()):
+            return self.dataset().to_table(columns=wanted)
+        keys = [name for name in ("row_index", "sample_index") if name in self.record.schema.names]
+        table = self.dataset().to_table(columns=list(dict.fromkeys([*wanted, *keys])))
+        return table.sort_by([(name, "ascending") for name in keys]).select(wanted)
 
     def failures(self) -> pa.Table:
-        """The rows of committed parts that can't be answered: row_index, code, message, attempts, input."""
-        rows = []
-        for shard in self._parts():
-            nonce = self._folder.read_footer(shard).failures
-            if nonce is not None:
-                rows += self._folder.read_failures(shard, nonce)
+        """The rows that have failed for now: row_index, code, message, attempts, input. A row that a
+        later round has answered is none of them."""
+        rows = [failure for _, failure in current_failures(self._folder).values()]
         columns = {name: [getattr(row, name) for row in rows] for name in FAILURES_SCHEMA.names}
         return pa.table(columns, schema=FAILURES_SCHEMA)

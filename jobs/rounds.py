@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from batchinfer.connectors.types import Split
@@ -91,6 +93,43 @@ def shards_of(plan: RoundPlan, first: Sequence[Shard]) -> list[Shard]:
         attempts = {row.row_index: row.attempts for row in rows}
         shards.append(Shard(index, cut, round(len(rows) * tokens_a_row), attempts))
     return shards
+
+
+def in_order(rounds: Iterable[Iterator[pa.RecordBatch]]) -> Iterator[pa.RecordBatch]:
+    """The rows of several rounds in the order of the input. Each round's batches are sorted by
+    ``row_index``, and no row is in two of them."""
+    heads: list[tuple[pa.RecordBatch, Iterator[pa.RecordBatch]]] = []
+    for batches in rounds:
+        _push(heads, batches)
+    while heads:
+        heads.sort(key=lambda head: _first_row(head[0]))
+        batch, batches = heads.pop(0)
+        count = batch.num_rows
+        if heads:
+            count = int(np.searchsorted(_rows(batch), _first_row(heads[0][0])))
+        yield batch.slice(0, count)
+        if count < batch.num_rows:
+            heads.append((batch.slice(count), batches))
+        else:
+            _push(heads, batches)
+
+
+def _push(
+    heads: list[tuple[pa.RecordBatch, Iterator[pa.RecordBatch]]], batches: Iterator[pa.RecordBatch]
+) -> None:
+    """Put the next batch that has rows among the heads."""
+    batch = next((batch for batch in batches if batch.num_rows), None)
+    if batch is not None:
+        heads.append((batch, batches))
+
+
+def _rows(batch: pa.RecordBatch) -> np.ndarray[Any, Any]:
+    rows: np.ndarray[Any, Any] = batch.column("row_index").to_numpy()
+    return rows
+
+
+def _first_row(batch: pa.RecordBatch) -> int:
+    return int(batch.column("row_index")[0].as_py())
 
 
 def _only(split: Split, positions: tuple[int, ...]) -> Split:

@@ -18,6 +18,8 @@ import pyarrow.compute as pc
 from batchinfer.jobs.cost import Settlement, settle
 from batchinfer.jobs.folder import JobFolder, ShardName
 from batchinfer.jobs.records import JobRecord, PartFooter, WorkerRecord, table_from_bytes
+from batchinfer.jobs.retry import job_shards, read_rounds
+from batchinfer.jobs.rounds import FailedRow, RoundPlan
 from batchinfer.jobs.types import JobError
 
 State = Literal["starting", "running", "done", "cancelled", "failed", "stalled"]
@@ -39,11 +41,12 @@ class JobStatus:
 
     Rows are input rows: ``rows_answered`` have all their samples, ``rows_failed`` are among the
     failures, counted by code in ``failures``; rows of open shards that their workers have saved are
-    counted with those of committed parts. Tokens are those of the answers; while shards are open, what
-    the workers say that they had of them. ``tokens_per_second`` are completion tokens of the workers
-    alive, since each had its engine; ``eta_seconds`` is None while nothing tells. ``usd`` is what all
-    workers cost up to their last heartbeat, None without a price. ``message`` says in one sentence why
-    a job failed or stalled and what to do.
+    counted with those of committed parts. ``round`` is the last retry round, 0 without any, and
+    ``rows_retried`` are failed rows that wait for its answer. Tokens are those of the answers; while
+    shards are open, what the workers say that they had of them. ``tokens_per_second`` are completion
+    tokens of the workers alive, since each had its engine; ``eta_seconds`` is None while nothing tells.
+    ``usd`` is what all workers cost up to their last heartbeat, None without a price. ``message`` says in
+    one sentence why a job failed or stalled and what to do.
     """
 
     uri: str
@@ -57,6 +60,8 @@ class JobStatus:
     rows_answered: int
     rows_failed: int
     failures: Mapping[str, int]
+    round: int
+    rows_retried: int
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
@@ -97,7 +102,8 @@ class StatusReader:
         self._now = now
         self._since = now() if self._before else _seconds(record.created)
         self._footers: dict[ShardName, PartFooter] = {}
-        self._codes: dict[ShardName, Counter[str]] = {}
+        self._codes: dict[ShardName, Mapping[int, str]] = {}
+        self._rounds: dict[int, RoundPlan] = {}
         self._progress: dict[str, pa.Table] = {}
 
     def settlement(self) -> Settlement:
@@ -110,24 +116,23 @@ class StatusReader:
         workers = list(self._folder.read_workers())
         control = self._folder.read_control()
         self._read_footers()
-        answered, failures = self._open_rows()
-        samples = self._samples()
-        for shard, footer in self._footers.items():
-            answered += footer.rows // samples
-            failures.update(self._codes[shard])
+        self._rounds = read_rounds(self._folder, self._rounds)
+        shards = job_shards(self.record, self._rounds)
+        answered, failed, retried = self._rows(shards)
+        failures = Counter(failed.values())
         settlement = settle((record for record, _ in workers), self._footers.values())
         alive = list(self._alive(workers))
-        done = len(self._footers)
+        done = sum(shard in self._footers for shard in shards)
         tokens = [settlement.prompt_tokens, settlement.cached_tokens, settlement.completion_tokens]
-        if done < self.record.shards:
+        if done < len(shards):
             said = [
                 (worker.prompt_tokens, worker.cached_tokens, worker.completion_tokens)
                 for worker, _ in workers
             ]
             tokens = [max(sure, sum(column)) for sure, *column in zip(tokens, *said, strict=True)]
-        rows_failed = sum(failures.values())
-        state, message, exit_code = self._state(done, control.state == "cancel", alive, workers)
-        rows_left = self.record.rows - answered - rows_failed
+        complete = done == len(shards)
+        state, message, exit_code = self._state(complete, control.state == "cancel", alive, workers)
+        rows_left = self.record.rows - answered - len(failed) + retried
         pace = sum(_per_second(record, record.rows_done) for record in alive)
         return JobStatus(
             uri=self._folder.uri,
@@ -135,12 +140,14 @@ class StatusReader:
             state=state,
             message=message,
             exit_code=exit_code,
-            shards=self.record.shards,
+            shards=len(shards),
             shards_done=done,
             rows=self.record.rows,
             rows_answered=answered,
-            rows_failed=rows_failed,
+            rows_failed=len(failed),
             failures=dict(sorted(failures.items())),
+            round=max(self._rounds, default=0),
+            rows_retried=retried,
             prompt_tokens=tokens[0],
             cached_tokens=tokens[1],
             completion_tokens=tokens[2],
@@ -158,40 +165,64 @@ class StatusReader:
         new = [shard for shard in self._folder.committed() if shard not in self._footers]
         self._footers |= _read_all(self._folder.read_footer, new)
         failed = [shard for shard in new if self._footers[shard].failures is not None]
-        self._codes |= {shard: Counter() for shard in new} | _read_all(self._read_codes, failed)
+        self._codes |= {shard: {} for shard in new} | _read_all(self._read_codes, failed)
 
-    def _read_codes(self, shard: ShardName) -> Counter[str]:
+    def _read_codes(self, shard: ShardName) -> Mapping[int, str]:
         nonce = self._footers[shard].failures
         assert nonce is not None
-        return Counter(failure.code for failure in self._folder.read_failures(shard, nonce))
+        return {item.row_index: item.code for item in self._folder.read_failures(shard, nonce)}
 
-    def _open_rows(self) -> tuple[int, Counter[str]]:
-        """Rows that open shards' workers have saved: how many are answered, and failures by code."""
+    def _rows(self, shards: Iterable[ShardName]) -> tuple[int, dict[int, str], int]:
+        """How many rows are answered, the codes of those that have failed for now, and how many of them
+        a retry round has yet to answer."""
+        saved = self._open_rows(shards)
+        answered, retried = 0, 0
+        failed: dict[int, str] = {}
+        for shard in shards:
+            footer = self._footers.get(shard)
+            if footer is not None:
+                count, codes = footer.rows // self._samples(), self._codes[shard]
+                again = [row.row_index for row in self._retried(shard)]
+            else:
+                done, codes = saved.get(shard, ([], {}))
+                count = len(done)
+                again = [*done, *codes] if shard.round else []
+                retried += len(self._retried(shard)) - len(again)
+            answered += count
+            for row in again:
+                failed.pop(row, None)
+            failed.update(codes)
+        return answered, failed, retried
+
+    def _retried(self, shard: ShardName) -> tuple[FailedRow, ...]:
+        return self._rounds[shard.round].shards[shard.index] if shard.round else ()
+
+    def _open_rows(
+        self, shards: Iterable[ShardName]
+    ) -> dict[ShardName, tuple[list[int], Mapping[int, str]]]:
+        """Rows that open shards' workers have saved: those answered, and the codes of those failed."""
         claimed = self._folder.list_claims()
-        keys: dict[str, list[str]] = {}
-        for index in range(self.record.shards):
-            shard = ShardName(0, index, self.record.shards)
+        keys: dict[ShardName, list[str]] = {}
+        for shard in shards:
             if shard.label in claimed and shard not in self._footers:
-                keys[shard.label] = [
-                    item.key for item in self._folder.list_progress(shard) if not item.inflight
-                ]
+                keys[shard] = [item.key for item in self._folder.list_progress(shard) if not item.inflight]
         wanted = [key for listed in keys.values() for key in listed]
         kept = {key: self._progress[key] for key in wanted if key in self._progress}
         self._progress = kept | _read_all(self._read_progress, (key for key in wanted if key not in kept))
-        answered, failures = 0, Counter[str]()
-        for listed in keys.values():
+        saved: dict[ShardName, tuple[list[int], Mapping[int, str]]] = {}
+        for shard, listed in keys.items():
             tables = [self._progress[key] for key in listed if self._progress[key].num_rows]
             if tables:
                 rows = pa.concat_tables(tables)
                 failed = rows.filter(pc.is_valid(rows["code"])).select(["row_index", "code"])
                 codes = dict(zip(*failed.to_pydict().values(), strict=True))
-                failures.update(codes.values())
                 # A failed row hides its samples; one that two workers finished counts once.
                 hidden = pc.is_in(rows["row_index"], value_set=pa.array(codes.keys(), pa.int64()))
                 finished = rows.filter(pc.invert(hidden)).group_by(["row_index", "sample_index"])
                 counts = finished.aggregate([]).group_by("row_index").aggregate([([], "count_all")])
-                answered += pc.sum(pc.greater_equal(counts["count_all"], self._samples())).as_py() or 0
-        return answered, failures
+                whole = counts.filter(pc.greater_equal(counts["count_all"], self._samples()))
+                saved[shard] = whole["row_index"].to_pylist(), codes
+        return saved
 
     def _read_progress(self, key: str) -> pa.Table:
         empty = pa.schema([("row_index", pa.int64()), ("sample_index", pa.int32()), ("code", pa.string())])
@@ -210,13 +241,13 @@ class StatusReader:
 
     def _state(
         self,
-        shards_done: int,
+        complete: bool,
         cancelled: bool,
         alive: list[WorkerRecord],
         workers: list[tuple[WorkerRecord, float]],
     ) -> tuple[State, str, int]:
         """The state, what to say about it, and the exit code of a command that waited for it."""
-        if shards_done == self.record.shards:
+        if complete:
             return "done", "", 0
         if alive:
             started = any(record.state != "starting" for record in alive)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +18,8 @@ from batchinfer.jobs.inspection import inspect_model
 from batchinfer.jobs.job import Job
 from batchinfer.jobs.plan import Plan, find_input, make_plan
 from batchinfer.jobs.records import Control, JobRecord
+from batchinfer.jobs.retry import is_complete
+from batchinfer.jobs.rounds import RoundPlan
 from batchinfer.jobs.spec import JobSpec, parse_spec
 from batchinfer.jobs.spec_source import load_spec, located
 from batchinfer.jobs.status import runs_here
@@ -64,6 +66,25 @@ def start_workers(submitted: Submitted, attached: bool) -> LocalWorkers:
     )
 
 
+def retry_job(
+    uri: str,
+    codes: Collection[str] = (),
+    workers: int | None = None,
+    storage: Mapping[str, Mapping[str, Any]] | None = None,
+) -> tuple[Submitted, RoundPlan]:
+    """Begin a retry round of the job at ``uri`` (see ``Job.begin_retry``); starts no worker.
+
+    ``workers`` is how many are to be started, as many as the job's where it is None.
+    """
+    job = Job(uri, storage, before=())
+    before = {worker.worker for worker in job.workers()}
+    spec = parse_spec(job.record.spec, f"the job in {job.uri}")
+    _, plan = job.begin_retry(codes)
+    count = workers or JobFolder(open_store(job.uri, storage)).read_control().workers or spec.workers.count
+    spec = spec.model_copy(update={"workers": spec.workers.model_copy(update={"count": count})})
+    return Submitted(spec, Job(uri, storage or spec.storage_options(), before), None, False), plan
+
+
 def commit_job(spec: JobSpec) -> Submitted:
     """Put the job into its folder, or find it there; starts nothing.
 
@@ -82,7 +103,7 @@ def commit_job(spec: JobSpec) -> Submitted:
             plan = None  # somebody else submitted meanwhile: is it the same job?
         record = folder.read_job()
         assert record is not None
-    complete = len(folder.committed()) >= record.shards
+    complete = is_complete(folder, record)
     if plan is None:
         _check_same(folder, record, spec, complete)
         _append_changes(folder, record, spec)

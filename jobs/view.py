@@ -71,6 +71,12 @@ def status_lines(status: JobStatus) -> list[str]:
     if status.failures:
         codes = ", ".join(f"{code} {count:,}" for code, count in status.failures.items())
         lines.append(_line("failed", f"{_count(status.rows_failed, 'row')}: {codes}"))
+    if status.rows_retried:
+        lines.append(
+            _line(
+                "retry", f"round {status.round}: {_count(status.rows_retried, 'failed row')} to try again"
+            )
+        )
     tokens = f"{status.prompt_tokens:,} in ({status.cached_tokens:,} of them cached), "
     tokens += f"{status.completion_tokens:,} out"
     if status.tokens_per_second:

@@ -68,7 +68,7 @@ class FakeEngine:
         if not self.has_work:
             self.stats.accounted_until_ns = time.perf_counter_ns()
         for request in requests:
-            if "too long" in str(request.prompt):
+            if "too long" in str(request.prompt) and "FAKE_LONG" not in os.environ:
                 self._rejected.append(Rejection(request.index, "too_long", "the prompt is too long"))
                 continue
             for sample in request.samples or range(request.sampling.n):

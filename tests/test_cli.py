@@ -287,7 +287,7 @@ def test_schema(run: Callable[..., Ran]) -> None:
     assert compact.out.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["status", "results", "cancel"])
+@pytest.mark.parametrize("command", ["status", "results", "cancel", "retry"])
 def test_no_job(run: Callable[..., Ran], tmp_path: Path, command: str) -> None:
     ran = run(command, str(tmp_path / "none"))
     assert ran.code == 78

@@ -243,6 +243,28 @@ def test_rows_that_can_not_be_answered_never_fail_the_job(setting: Setting) -> N
     assert sorted([*answered, *codes]) == list(range(200))
 
 
+def test_failed_rows_are_retried_by_their_code(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"row {row}" for row in range(60)]
+    for row in (7, 8, 31, 59):
+        texts[row] = "too long"
+    given = pa.table({"id": list(range(60)), "text": texts})
+    pq.write_table(given, setting.path / "in.parquet", row_group_size=20)
+    assert setting.submit("--wait", "--json").document["failures"] == {"too_long": 4}
+    ran = setting.run("retry", setting.out, "--wait", code=78)
+    assert "too_long 4" in ran.stderr
+    monkeypatch.setenv("FAKE_LONG", "1")
+    ran = setting.run("retry", setting.out, "--code", "too_long", "--wait", "--json", "--workers", "2")
+    assert ran.document["state"] == "done"
+    assert ran.document["rows_answered"] == 60
+    assert ran.document["failures"] == {}
+    assert ran.document["bill"]["rows"] == {"answered": 60, "failed": 0}
+    setting.check(given)
+    shown = setting.run("results", setting.out, "--format", "jsonl").stdout.splitlines()
+    assert [json.loads(line)["row_index"] for line in shown] == list(range(60))
+    assert setting.run("results", setting.out, "--failures", "--json").document["rows"] == []
+    assert setting.submit("--json").document["state"] == "done"
+
+
 def test_a_row_group_that_can_not_be_read_costs_only_its_rows(setting: Setting) -> None:
     given = setting.input(100)
     path = setting.path / "in.parquet"
