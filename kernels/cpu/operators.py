@@ -81,7 +81,7 @@ _CacheAt = ctypes.POINTER(_Cache)
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "make_schedule": (_Address, (ctypes.POINTER(_Batch),)),
     "free_schedule": (None, (_Address,)),
-    "shared_tiles": (_Long, (_Address,)),
+    "split_reads": (_Long, (_Address,)),
     "attention": (None, (ctypes.POINTER(_Attention),)),
     "rotary_and_store": (None, (_Int, _Address, _Address, ctypes.POINTER(_Rotary), _CacheAt, _Int)),
     "rms_norm": (None, (_Int, *[_Address] * 5, _Long, _Long, _Float, _Int)),
@@ -168,9 +168,9 @@ class Schedule:
         self._library = library
 
     @property
-    def shared_tiles(self) -> int:
-        """Tiles whose rows belong to several sequences that read the same blocks."""
-        return int(self._library.shared_tiles(self.address))
+    def split_reads(self) -> int:
+        """How many splits of 128 tokens a KV head reads: fewer where sequences share them."""
+        return int(self._library.split_reads(self.address))
 
     def __del__(self) -> None:
         self._library.free_schedule(self.address)

@@ -103,10 +103,10 @@ Schedule* make_schedule(const Batch& batch) {
 // The batch's arrays are read only during the call.
 EXPORTED void* batchinfer_make_schedule(const Batch* batch) { return make_schedule(*batch); }
 EXPORTED void batchinfer_free_schedule(void* schedule) { delete static_cast<Schedule*>(schedule); }
-// How many tiles of the step serve several sequences.
-EXPORTED int64_t batchinfer_shared_tiles(const void* schedule) {
+// How often a split of some sequence's blocks is read, a head: less with sharing than sequence by sequence.
+EXPORTED int64_t batchinfer_split_reads(const void* schedule) {
     int64_t count = 0;
     for (auto& phase : static_cast<const Schedule*>(schedule)->phases)
-        for (auto& tile : phase) count += !tile.finishes;
+        for (auto& tile : phase) count += std::min(tile.last, tile.highest / SPLIT + 1) - tile.first;
     return count;
 }
