@@ -28,6 +28,21 @@ _SPECIAL_NAMES = (
 )
 
 
+_WORD_START = "\u2581"
+
+
+def _byte_alphabet() -> dict[str, bytes]:
+    """The letters in which byte-level vocabularies write bytes: printable Latin-1 characters stand for
+    themselves, the other bytes, in order, for the characters from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte): bytes([byte]) for byte in printable}
+    return letters | {chr(0x100 + place): bytes([byte]) for place, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
+
+
 class Tokenizer:
     """Encodes and decodes for one model; safe to use from several threads.
 
@@ -49,6 +64,7 @@ class Tokenizer:
         self.eos_token_ids = eos_token_ids
         self.vocab_size = vocab_size
         added = backend.get_added_tokens_decoder()
+        self._added_ids = frozenset(added)
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
         # Only decoders with byte fallback give byte tokens a meaning; only bytes all alike have no start.
         decoder = repr(backend.decoder)
@@ -80,6 +96,19 @@ class Tokenizer:
         """The text of ``ids``, special tokens left out."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=True)
         return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for, special ones too: UTF-8, maybe part of a character."""
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token_id in self._byte_ids:
+            return bytes([int(token[3:5], 16)])
+        if token_id in self._added_ids:
+            return str(token).encode()
+        if self._anchored:
+            return str(token).replace(_WORD_START, " ").encode()
+        return b"".join(_BYTES.get(letter) or letter.encode() for letter in token)
 
     def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
         """An incremental detokenizer of what follows ``prompt_ids``."""
