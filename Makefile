@@ -1,20 +1,26 @@
-# make demo: a whole job on this machine, from an empty clone. make test: every check.
+# make demo: a whole job on this machine, from an empty clone. make test: every check. make chaos: runs of
+# whole jobs whose processes are killed and whose store fails (RUNS of them, from seed SEED on).
 
 PYTHON ?= python3
 # Where there is an NVIDIA GPU the newest build for CUDA; elsewhere the release the project is tested with.
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 PYTEST ?=
+RUNS ?= 60
+SEED ?= 0
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint install clean
+.PHONY: demo test chaos lint install clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
 test: lint
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST)
+
+chaos: $(INSTALLED)
+	$(BIN)/python tests/chaos.py --runs $(RUNS) --seed $(SEED)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
