@@ -34,8 +34,12 @@ def python_command(module: str, *arguments: str) -> list[str]:
 
 
 def child_environment() -> dict[str, str]:
-    """This process's environment, in which the package is found where it was found here."""
-    environment = dict(os.environ)
+    """This process's environment, in which the package is found where it was found here.
+
+    Threads that wait for each other in it sleep: spinning takes the cores that they wait for, wherever
+    something else runs on the machine.
+    """
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     root = str(Path(batchinfer.__file__).parent.parent)
     if "site-packages" not in root:
         paths = [root, *filter(None, [environment.get("PYTHONPATH")])]

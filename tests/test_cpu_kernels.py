@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -446,13 +447,24 @@ def test_a_failing_build_is_named_and_leaves_nothing(
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(KernelsUnavailable, match="false failed"):
         load()
-    assert list(tmp_path.iterdir()) == []
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("BATCHINFER_CACHE", str(tmp_path / "file"))
+    with pytest.raises(KernelsUnavailable, match=r"the cache \S+file can't be written"):
+        load()
 
 
 @pytest.mark.slow
-def test_processes_that_build_at_once_all_succeed(tmp_path: Path) -> None:
+def test_of_processes_that_need_it_at_once_one_builds(tmp_path: Path) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\nexec /usr/bin/env g++ "$@"\n')
+    compiler.chmod(0o755)
     script = "from batchinfer.kernels.cpu.operators import load; load('avx2')"
-    environment = {"BATCHINFER_CACHE": str(tmp_path), "PATH": "/usr/local/bin:/usr/bin:/bin"}
+    environment = {**os.environ, "BATCHINFER_CACHE": str(tmp_path / "cache"), "CXX": str(compiler)}
     running = [subprocess.Popen([sys.executable, "-P", "-c", script], env=environment) for _ in range(2)]
     assert [process.wait() for process in running] == [0, 0]
-    assert [path.suffix for path in tmp_path.iterdir()] == [".so"]
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".lock", ".so"]
+    assert (tmp_path / "calls").read_text().count("-shared") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
@@ -10,7 +11,9 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -71,7 +74,7 @@ def compiler() -> list[str]:
 def build(level: Level | None = None) -> ctypes.CDLL:
     """The kernels' library for ``level`` (None: the best this CPU runs), built where the cache lacks it.
 
-    Several processes may build at once: each publishes its own result by a rename. Raises
+    Of several processes that need it at once one builds and the others wait for it. Raises
     KernelsUnavailable when the CPU is too old, there is no compiler, or the build fails.
     """
     able = levels(cpu_flags())
@@ -89,7 +92,14 @@ def build(level: Level | None = None) -> ctypes.CDLL:
         key.update(b"\0")
     library = cache_folder() / f"kernels-{level}-{key.hexdigest()[:24]}.so"
     if not library.exists():
-        _compile(command, sources, library)
+        try:
+            with _locked(library):
+                if not library.exists():
+                    _compile(command, sources, library)
+        except OSError as error:
+            raise KernelsUnavailable(
+                f"the cache {library.parent} can't be written ({error.strerror}); set BATCHINFER_CACHE."
+            ) from error
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
@@ -106,16 +116,18 @@ def _version(name: str) -> str:
     return subprocess.run([name, "--version"], capture_output=True, text=True, check=False).stdout
 
 
+@contextmanager
+def _locked(library: Path) -> Iterator[None]:
+    """Hold the lock of ``library``; it goes with the process that holds it, however that ends."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with library.with_suffix(".lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _compile(command: list[str], sources: list[Path], library: Path) -> None:
     """Compile the sources side by side and publish the linked library at ``library``."""
-    try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        work = tempfile.TemporaryDirectory(dir=library.parent, prefix="build-")
-    except OSError as error:
-        raise KernelsUnavailable(
-            f"the cache {library.parent} can't be written ({error.strerror}); set BATCHINFER_CACHE."
-        ) from error
-    with work as name:
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as name:
         folder = Path(name)
         objects = [folder / f"{source.stem}.o" for source in sources]
         steps = [
