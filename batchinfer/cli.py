@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 
@@ -230,7 +231,7 @@ def results(
     job_uri: JobUri,
     format: Annotated[
         str | None,
-        typer.Option(help="table, jsonl or parquet; default: by the name of --output, or table."),
+        typer.Option(help="table, jsonl, parquet or openai; default: by the name of --output, or table."),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=0, help="Rows at most; default: 20 of a table, else all.")
@@ -246,10 +247,12 @@ def results(
     form = format or {".jsonl": "jsonl", ".parquet": "parquet"}.get(
         output.suffix if output else "", "table"
     )
-    if form not in ("table", "jsonl", "parquet"):
+    if form not in ("table", "jsonl", "parquet", "openai"):
         raise typer.BadParameter(
-            f"{form} is no format: choose table, jsonl or parquet", param_hint="--format"
+            f"{form} is no format: choose table, jsonl, parquet or openai", param_hint="--format"
         )
+    if form == "openai" and failures:
+        raise typer.BadParameter("openai has failed rows among the answers: leave --failures out")
     if (form == "parquet") > (output is not None) or (form == "table" and output is not None):
         wanted = "Parquet needs a file" if form == "parquet" else "a file is jsonl or parquet"
         raise typer.BadParameter(f"{wanted}: give --output FILE.{form.replace('table', 'jsonl')}")
@@ -257,7 +260,9 @@ def results(
     if limit is None and output is None and (form == "table" or as_json):
         limit = 20
     schema, batches = rows_of(job, failures, limit)
-    if output is not None:
+    if form == "openai":
+        _batch_lines(job, output, limit, as_json)
+    elif output is not None:
         count = write_file(output, form, schema, batches)
         say(f"{count:,} rows are in {output}")
         if as_json:
@@ -294,6 +299,87 @@ def retry(
     rows = "1 row" if plan.rows == 1 else f"{plan.rows:,} rows"
     say(f"Trying {rows} of the job at {submitted.job.uri} again.")
     return _run_workers(submitted, wait, as_json, {"rows": plan.rows})
+
+
+def _batch_lines(job: Job, output: Path | None, limit: int | None, as_json: bool) -> None:
+    """A job's rows as the lines of an OpenAI batch output file."""
+    from batchinfer.jobs.batch_answers import answer_lines
+    from batchinfer.jobs.results import write_lines
+
+    lines = (line.text for line in islice(answer_lines(job), limit))
+    if output is not None:
+        count = write_lines(output, lines)
+        say(f"{count:,} lines are in {output}")
+        if as_json:
+            emit({"uri": job.uri, "output": str(output), "format": "openai", "rows": count})
+    elif as_json:
+        emit({"uri": job.uri, "rows": [json.loads(line) for line in lines]})
+    else:
+        for line in lines:
+            print(line)
+
+
+@app.command()
+@command
+def run_batch(
+    input_file: Annotated[
+        str, typer.Option("-i", "--input-file", help="OpenAI batch lines: a path, s3:// or https://.")
+    ],
+    output_file: Annotated[
+        str, typer.Option("-o", "--output-file", help="Where the answers go: a path, s3:// or gs://.")
+    ],
+    model: Annotated[str, typer.Option("--model", help="A model, as in a job spec.")],
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="Prompt and answer together, in tokens; default: the model's.")
+    ] = None,
+    quantization: Annotated[
+        str | None, typer.Option("-q", "--quantization", help="int8, int4 or fp8.")
+    ] = None,
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto, bfloat16, int8 or fp8.")] = "auto",
+    as_json: AsJson = False,
+) -> int:
+    """Answer an OpenAI batch file; run it again to go on after an interruption."""
+    from batchinfer.jobs.batch_run import run_batch
+    from batchinfer.jobs.view import bill_lines
+
+    short = {"auto": "bf16", "bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32"}
+    short |= {"float": "fp32", "bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}
+    if dtype not in short:
+        raise typer.BadParameter(f"{dtype} is none of {', '.join(short)}", param_hint="--dtype")
+    settings = {
+        "source": model,
+        "dtype": short[dtype],
+        "max_context": max_model_len,
+        "quantize": quantization,
+        "kv_dtype": "bf16" if kv_cache_dtype == "bfloat16" else kv_cache_dtype,
+    }
+    result = run_batch(input_file, output_file, settings, say)
+    if result.status.state == "done":
+        for line in bill_lines(result.bill):
+            say(line)
+        say(f"{result.answered:,} answers and {result.failed:,} errors are in {output_file}")
+        if result.repeated:
+            say(f"{result.repeated:,} lines have a custom_id that an earlier line has; all were answered.")
+    elif result.status.message:
+        say(f"batchinfer: {result.status.message}")
+    if as_json:
+        emit(
+            {
+                "input": input_file,
+                "output": output_file,
+                "state": result.status.state,
+                "answered": result.answered,
+                "failed": result.failed,
+                "repeated": result.repeated,
+                "usage": {
+                    "prompt_tokens": result.status.prompt_tokens,
+                    "cached_tokens": result.status.cached_tokens,
+                    "completion_tokens": result.status.completion_tokens,
+                },
+            }
+        )
+    return result.status.exit_code
 
 
 @app.command()

@@ -147,6 +147,16 @@ class JobFolder:
         except FileNotFoundError:
             return None
 
+    def remove(self) -> None:
+        """Delete all that a job keeps here; its record goes first, so that an interruption leaves no job
+        that looks incomplete. No worker may be at it."""
+        infos = self.store.list("")
+        own = [
+            info.key for info in infos if info.key.startswith("_batchinfer/") or _PART.fullmatch(info.key)
+        ]
+        for key in sorted(own, key=lambda key: key != "_batchinfer/job.json"):
+            self.store.delete(key)
+
     # -- retry rounds -----------------------------------------------------------------------------
 
     def create_round(self, number: int, plan: RoundPlan) -> bool:

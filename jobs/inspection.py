@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from batchinfer.engine.types import ModelError
@@ -85,6 +85,21 @@ def inspect_model(spec: JobSpec) -> InspectedModel:
         max_context=wanted or config.max_context,
         _tokenizer=tokenizer,
     )
+
+
+def token_decoder(spec: JobSpec) -> tuple[Callable[[int], bytes], frozenset[int]]:
+    """What each token of the spec's model stands for, in bytes, and the tokens that end an answer.
+
+    Raises ModelError where the model is no longer there, and StorageError where a store refuses.
+    """
+    source = local_model(spec.model.source, spec.storage_options())
+    from batchinfer.engine.models.registry import decoder_config
+    from batchinfer.engine.tokenizer import load_tokenizer
+    from batchinfer.engine.weights import find_model
+
+    files = find_model(source)
+    tokenizer = load_tokenizer(files, decoder_config(source, files.config).vocab_size)
+    return tokenizer.token_bytes, tokenizer.eos_token_ids
 
 
 def _check_formats(spec: JobSpec, num_kv_heads: int, head_size: int) -> None:

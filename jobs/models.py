@@ -40,7 +40,7 @@ def local_model(source: str, storage: Storage | None = None) -> str:
     uri = normalize_uri(source)
     store, files = _listed(uri, storage)
     name = f"{uri.rpartition('/')[2].removesuffix('.gguf')}-{_digest(files)}"
-    folder = _cache() / "models" / name
+    folder = cache_folder() / "models" / name
     with _locked(folder):
         if not folder.is_dir():
             aside = folder.with_name(f".{name}.{uuid.uuid4().hex}")
@@ -86,7 +86,8 @@ def _digest(files: Sequence[ObjectInfo]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where this machine keeps copies of what it fetched."""
     return Path(os.environ.get("BATCHINFER_CACHE") or Path.home() / ".cache" / "batchinfer")
 
 

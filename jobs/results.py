@@ -8,6 +8,7 @@ import os
 import sys
 import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -60,10 +61,30 @@ def write_file(path: Path, format: str, schema: pa.Schema, batches: Iterable[pa.
 
     Raises JobError where the file can't be written.
     """
+    with _whole(path) as file:
+        return _write(file, format, schema, batches)
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> int:
+    """Write lines to a local file, whole or not at all; returns how many.
+
+    Raises JobError where the file can't be written.
+    """
+    count = 0
+    with _whole(path) as file:
+        for line in lines:
+            file.write(line.encode() + b"\n")
+            count += 1
+    return count
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes its name when it is complete."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with open(aside, "xb") as file:
-            count = _write(file, format, schema, batches)
+            yield file
         os.replace(aside, path)
     except OSError as error:
         raise JobError(
@@ -71,7 +92,6 @@ def write_file(path: Path, format: str, schema: pa.Schema, batches: Iterable[pa.
         ) from None
     finally:
         aside.unlink(missing_ok=True)
-    return count
 
 
 def _write(file: IO[bytes], format: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> int:
