@@ -169,10 +169,11 @@ class Run:
         return [worker for worker in self.workers if worker.alive]
 
     def busy(self) -> bool:
-        """Whether an engine is at work."""
+        """Whether an engine of a living worker is at work, or has been."""
         if self.script.real:
             return any(record.state == "running" for record, _ in self.folder.read_workers())
-        return any(path.stat().st_size for path in self.logs.iterdir())
+        pids = {worker.pid for worker in self.alive()} or {int(path.stem) for path in self.logs.iterdir()}
+        return any(path.stat().st_size and int(path.stem) in pids for path in self.logs.iterdir())
 
     def complete(self) -> bool:
         record = self.folder.read_job()

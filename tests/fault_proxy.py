@@ -36,7 +36,9 @@ Effect = Literal[
     "truncated",  # the answer's body ends half way
     "slow",  # both bodies pass at ``bytes_per_second``
     "duplicate",  # the request reaches the store twice; the answer is that to the second
+    "unconditional",  # the store does not see the condition; where it checks signatures it will refuse
 ]
+# What networks do, and stores that keep their promises.
 EFFECTS: tuple[Effect, ...] = (
     *("conflict", "exists", "internal", "slow_down", "reset", "timeout"),
     *("lost_reply", "internal_after", "late_reply", "truncated", "slow", "duplicate"),
@@ -212,7 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
                 first.close()
             reply = self._forward(iter([body]))
         else:
-            reply = self._forward(self._body(speed))
+            reply = self._forward(self._body(speed), unconditional=effect == "unconditional")
         self._note(reply, arrived, kind, path, effect)
         if fault is not None and effect in ("lost_reply", "late_reply", "internal_after"):
             reply.read()
@@ -254,11 +256,12 @@ class _Handler(BaseHTTPRequestHandler):
             left -= len(piece)
             yield from _paced(piece, speed)
 
-    def _forward(self, body: Iterator[bytes]) -> http.client.HTTPResponse:
+    def _forward(self, body: Iterator[bytes], unconditional: bool = False) -> http.client.HTTPResponse:
+        dropped = _HOP | {"expect"} | ({"if-none-match"} if unconditional else set())
         connection = http.client.HTTPConnection(*self.proxy.address, timeout=60)
         connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
         for name, value in self.headers.items():
-            if name.lower() not in _HOP and name.lower() != "expect":
+            if name.lower() not in dropped:
                 connection.putheader(name, value)
         connection.putheader("Connection", "close")
         if self._chunked():

