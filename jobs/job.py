@@ -16,6 +16,7 @@ from batchinfer.connectors.inputs import ObjectFile
 from batchinfer.connectors.storage import join_uri, normalize_uri, open_store, protocol_of
 from batchinfer.jobs.cost import Settlement
 from batchinfer.jobs.folder import JobFolder, ShardName
+from batchinfer.jobs.placement import ServiceReport, ask_services, cancel_services, places
 from batchinfer.jobs.records import FAILURES_SCHEMA, JobRecord, WorkerRecord
 from batchinfer.jobs.retry import begin_round, current_failures
 from batchinfer.jobs.rounds import RoundPlan, in_order
@@ -23,6 +24,7 @@ from batchinfer.jobs.status import JobStatus, StatusReader
 from batchinfer.jobs.types import JobError
 
 POLL_SECONDS = 2.0
+ASK_SECONDS = 10.0
 _PARALLEL_READS = 16
 _BATCH_ROWS = 1024
 
@@ -42,6 +44,7 @@ class Job:
         self._storage = storage
         self._folder = JobFolder(open_store(self.uri, storage))
         self._status = StatusReader(self._folder, before)
+        self._asked, self._expected = float("-inf"), False
 
     def __repr__(self) -> str:
         return f"Job({self.uri!r})"
@@ -52,8 +55,18 @@ class Job:
         return self._status.record
 
     def status(self) -> JobStatus:
-        """Where the job stands now."""
-        return self._status.read()
+        """Where the job stands now. A service that has yet to start its workers is asked about them."""
+        status = self._status.read()
+        if status.state != "stalled":
+            return status
+        if time.monotonic() - self._asked >= ASK_SECONDS:
+            self._expected = any(report.active and report.active.total for report in self.services())
+            self._asked = time.monotonic()
+        return replace(status, state="starting", message="", exit_code=0) if self._expected else status
+
+    def services(self) -> list[ServiceReport]:
+        """What each batch service says that was asked for workers of this job."""
+        return ask_services(places(self.record, self._folder.read_control(), self.uri))
 
     def workers(self) -> tuple[WorkerRecord, ...]:
         """The last heartbeat of every worker that the job has had."""
@@ -79,9 +92,11 @@ class Job:
             raise JobError(f"the job at {self.uri} is {status.state}: {status.message}")
         return status
 
-    def cancel(self) -> None:
-        """Ask all workers to stop; what is done is kept, and submitting again goes on from there."""
-        self._folder.append_control(lambda control: replace(control, state="cancel"))
+    def cancel(self) -> list[str]:
+        """Ask all workers to stop, and the services that have some to end them; what is done is kept, and
+        submitting again goes on from there. Returns a sentence for each service that could not be told."""
+        control = self._folder.append_control(lambda control: replace(control, state="cancel"))
+        return cancel_services(places(self.record, control, self.uri))
 
     def begin_retry(self, codes: Collection[str] = ()) -> tuple[int, RoundPlan]:
         """Begin a retry round, of the current failures with these ``codes`` (none: of those that may
@@ -98,10 +113,10 @@ class Job:
     def retry(self, codes: Collection[str] = (), workers: int | None = None) -> int:
         """Try failed rows again: begins a retry round (:meth:`begin_retry`) and starts its workers, which
         outlive this process. Returns how many rows it is about."""
-        from batchinfer.jobs.submit import retry_job, start_workers
+        from batchinfer.jobs.submit import begin_work, retry_job
 
         retried, plan = retry_job(self.uri, codes, workers, self._storage)
-        start_workers(retried, attached=False)
+        begin_work(retried, attached=False)
         return plan.rows
 
     def batches(self) -> Iterator[pa.RecordBatch]:

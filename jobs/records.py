@@ -73,13 +73,17 @@ class JobRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Control:
-    """What a person last asked of the job (control/NNNN.json); None leaves the spec's value."""
+    """What a person last asked of the job (control/NNNN.json); None leaves the spec's value.
+
+    ``placed`` holds the options of backends that later submits asked for workers, by backend.
+    """
 
     state: ControlState = "run"
     workers: int | None = None
     usd_per_hour: float | None = None
     max_usd: float | None = None
     max_worker_hours: float | None = None
+    placed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     nonce: str = ""
 
     def to_bytes(self) -> bytes:

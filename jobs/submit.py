@@ -16,6 +16,7 @@ from batchinfer.jobs.folder import JobFolder, new_nonce
 from batchinfer.jobs.identity import check_same_input, check_same_job, check_same_model
 from batchinfer.jobs.inspection import inspect_model
 from batchinfer.jobs.job import Job
+from batchinfer.jobs.placement import Placed, check_placeable, place_workers, placed_options
 from batchinfer.jobs.plan import Plan, find_input, make_plan
 from batchinfer.jobs.records import Control, JobRecord
 from batchinfer.jobs.retry import is_complete
@@ -45,12 +46,22 @@ def submit(spec: str | Path | Mapping[str, Any] | JobSpec, overrides: Sequence[s
     """
     submitted = commit_job(load_spec(spec, overrides))
     if not submitted.complete:
-        start_workers(submitted, attached=False)
+        begin_work(submitted, attached=False)
     return submitted.job
 
 
+def begin_work(submitted: Submitted, attached: bool) -> LocalWorkers | Placed:
+    """Start the workers that the spec asks for, here or at its service, less those there already.
+
+    Attached ones of this machine end with this process, all others outlive it.
+    """
+    if submitted.spec.workers.backend == "local":
+        return start_workers(submitted, attached)
+    return place_workers(submitted.spec, submitted.job.uri)
+
+
 def start_workers(submitted: Submitted, attached: bool) -> LocalWorkers:
-    """Start the workers that the spec asks for, less those of this job that run on this machine already.
+    """Start the workers that the spec asks for on this machine, less those of this job that run on it.
 
     Attached ones end with this process, others outlive it.
     """
@@ -91,6 +102,7 @@ def commit_job(spec: JobSpec) -> Submitted:
     Raises JobError where the folder holds another job or something else, and for everything that
     ``make_plan`` sees.
     """
+    check_placeable(spec)
     spec = located(spec)
     store = open_store(spec.output.uri, spec.storage_options())
     folder = JobFolder(store)
@@ -156,14 +168,13 @@ def _append_changes(folder: JobFolder, record: JobRecord, spec: JobSpec) -> None
     wanted = replace(
         current,
         state="run",
+        placed={**current.placed, **(placed_options(spec) if spec.workers != stored.workers else {})},
         workers=spec.workers.count if spec.workers.count != stored.workers.count else None,
         usd_per_hour=spec.price.usd_per_hour if spec.price != stored.price else None,
     )
     if wanted != current:
 
         def change(latest: Control) -> Control:
-            return replace(
-                latest, state=wanted.state, workers=wanted.workers, usd_per_hour=wanted.usd_per_hour
-            )
+            return replace(wanted, nonce=latest.nonce)
 
         folder.append_control(change)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from batchinfer.jobs.cost import Settlement
 from batchinfer.jobs.status import JobStatus
 
 if TYPE_CHECKING:
+    from batchinfer.jobs.backends.local import LocalWorkers
+    from batchinfer.jobs.placement import Placed, ServiceReport
     from batchinfer.jobs.plan import Plan
     from batchinfer.jobs.submit import Submitted
 
@@ -53,6 +56,23 @@ def submit_lines(submitted: Submitted) -> list[str]:
     if submitted.complete:
         return [f"The job at {submitted.job.uri} is complete; nothing is left to do."]
     return [f"The job at {submitted.job.uri} was begun before, and goes on where it stands."]
+
+
+def started_line(started: LocalWorkers | Placed) -> str:
+    """Which workers were started, or asked for."""
+    from batchinfer.jobs.placement import Placed
+
+    workers = _count(started.count, "worker")
+    if not isinstance(started, Placed):
+        return f"Started {workers}"
+    if not started.ids:
+        return f"Nothing was asked of {started.backend}, which has all workers already"
+    return f"Asked {started.backend} for {workers}: {', '.join(started.ids)}"
+
+
+def service_lines(reports: Sequence[ServiceReport]) -> list[str]:
+    """What batch services say of the job's workers."""
+    return [_line(report.backend, report.message) for report in reports]
 
 
 def status_lines(status: JobStatus) -> list[str]:

@@ -56,7 +56,7 @@ def run_worker(job_uri: str, usd_per_hour: float | None = None, index: int | Non
     """
     started_ns = process_started_ns()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda *_: os._exit(EXIT_RETRY))  # nothing is there to be saved yet
     try:
         return _run(job_uri, usd_per_hour, index, started_ns)
@@ -161,7 +161,7 @@ def _first_heartbeat(usd_per_hour: float | None, index: int | None) -> WorkerRec
 
 
 def _drain_on_signals(supervisor: Supervisor) -> None:
-    """On SIGTERM or SIGINT leave in order, and within 25 seconds in any case."""
+    """On SIGTERM, SIGINT or SIGUSR1 leave in order, within 25 seconds in any case."""
 
     def drain(number: int, frame: object) -> None:
         # The interrupted code may hold the bench, so the asking is done elsewhere.
@@ -170,5 +170,5 @@ def _drain_on_signals(supervisor: Supervisor) -> None:
         last_resort.daemon = True
         last_resort.start()
 
-    signal.signal(signal.SIGTERM, drain)
-    signal.signal(signal.SIGINT, drain)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, drain)

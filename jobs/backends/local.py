@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import tempfile
 import time
@@ -34,6 +35,11 @@ class LocalWorkers:
     processes: tuple[subprocess.Popen[bytes], ...]
     logs: tuple[Path, ...]
     attached: bool
+
+    @property
+    def count(self) -> int:
+        """How many were started."""
+        return len(self.processes)
 
     def running(self) -> bool:
         """Whether any of them still runs."""
@@ -102,6 +108,23 @@ def start_workers(
             )
             files.append(Path(log.name))
     return LocalWorkers(tuple(processes), tuple(files), attached)
+
+
+def render(
+    job_uri: str,
+    count: int,
+    gpus: int,
+    storage: Mapping[str, Mapping[str, Any]],
+    cpus: float | None = None,
+) -> str:
+    """The commands that ``start_workers`` runs, one a line, with what it adds to the environment."""
+    lines = []
+    for index, shares in enumerate(_shares(count, gpus, cpus)):
+        environment = {**storage_environment(storage), **shares}
+        words = [f"{name}={shlex.quote(value)}" for name, value in sorted(environment.items())]
+        command = [*python_command("batchinfer", "worker", job_uri), "--index", str(index)]
+        lines.append(" ".join([*words, shlex.join(command)]))
+    return "\n".join(lines) + "\n"
 
 
 def _shares(count: int, gpus: int, cpus: float | None) -> list[dict[str, str]]:
