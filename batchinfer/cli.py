@@ -125,10 +125,14 @@ def submit(
     wait: Annotated[bool, typer.Option("--wait", help="Show progress until the job is done.")] = False,
     workers: Annotated[int | None, typer.Option(help="Workers to start: workers.count.")] = None,
     backend: Annotated[str | None, typer.Option(help="Who starts them: workers.backend.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what the backend would be sent, and do nothing.")
+    ] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> int:
     """Start a job, or resume it where it stands."""
+    from batchinfer.jobs.placement import show_request
     from batchinfer.jobs.spec_source import load_spec
     from batchinfer.jobs.submit import commit_job
     from batchinfer.jobs.view import submit_lines
@@ -138,7 +142,15 @@ def submit(
         changes.append(f"workers.count={workers}")
     if backend is not None:
         changes.append(f"workers.backend={backend}")
-    submitted = commit_job(load_spec(spec, changes))
+    asked = load_spec(spec, changes)
+    if dry_run:
+        text = show_request(asked)
+        if as_json:
+            emit({"backend": asked.workers.backend, "request": text})
+        else:
+            print(text, end="")
+        return 0
+    submitted = commit_job(asked)
     job = submitted.job
     for line in submit_lines(submitted):
         say(line)
@@ -149,18 +161,19 @@ def submit(
 
 def _run_workers(submitted: Submitted, wait: bool, as_json: bool, news: Mapping[str, Any]) -> int:
     """Start a job's workers and leave them to it, or follow them to the end."""
+    from batchinfer.jobs.backends.local import LocalWorkers
     from batchinfer.jobs.live import follow
-    from batchinfer.jobs.submit import start_workers
+    from batchinfer.jobs.submit import begin_work
+    from batchinfer.jobs.view import started_line
 
     job = submitted.job
-    with start_workers(submitted, attached=wait) as started:
+    with begin_work(submitted, attached=wait) as started:
         if not wait:
-            count = len(started.processes)
-            say(f"Started {count} workers; `batchinfer status {job.uri}` tells how they do.")
+            say(f"{started_line(started)}; `batchinfer status {job.uri}` tells how they do.")
             if as_json:
-                emit({"uri": job.uri, **news, "workers": count})
+                emit({"uri": job.uri, **news, "workers": started.count})
             return 0
-        return _tell_end(job, follow(job, started), as_json)
+        return _tell_end(job, follow(job, started if isinstance(started, LocalWorkers) else None), as_json)
 
 
 def _tell_end(job: Job, found: JobStatus, as_json: bool) -> int:
@@ -186,7 +199,17 @@ def worker(
         float | None, typer.Option(min=0, help="This worker's price; default: the job's.")
     ] = None,
     index: Annotated[
-        int | None, typer.Option(min=0, help="The batch service's number of this worker: where to start.")
+        int | None,
+        typer.Option(
+            min=0,
+            envvar=[
+                "SLURM_ARRAY_TASK_ID",
+                "JOB_COMPLETION_INDEX",
+                "AWS_BATCH_JOB_ARRAY_INDEX",
+                "BATCH_TASK_INDEX",
+            ],
+            help="The batch service's number of this worker: where to start.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> int:
@@ -209,7 +232,7 @@ def status(
     """Where a job stands: rows, failures, tokens, spend, workers."""
     from batchinfer.jobs.job import Job
     from batchinfer.jobs.live import follow
-    from batchinfer.jobs.view import bill_lines, status_lines
+    from batchinfer.jobs.view import bill_lines, service_lines, status_lines
 
     job = Job(job_uri)
     if watch:
@@ -220,8 +243,11 @@ def status(
             say(line)
     for line in bill_lines(job.bill()):
         say(line)
+    services = [] if found.state == "done" else job.services()
+    for line in service_lines(services):
+        say(line)
     if as_json:
-        emit(_status_document(job, found))
+        emit({**_status_document(job, found), "services": [asdict(report) for report in services]})
     return found.exit_code if watch else 0
 
 
@@ -389,8 +415,10 @@ def cancel(job_uri: JobUri, as_json: AsJson = False) -> None:
     from batchinfer.jobs.job import Job
 
     job = Job(job_uri)
-    job.cancel()
+    failed = job.cancel()
     say("The job is cancelled: its workers save what they have and leave within a minute.")
+    for sentence in failed:
+        say(f"batchinfer: {sentence}")
     if as_json:
         emit({"uri": job.uri, "cancelled": True})
 
