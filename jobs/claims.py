@@ -6,6 +6,7 @@ A lease only saves work: whoever creates a shard's part has committed it, with o
 from __future__ import annotations
 
 import hashlib
+import heapq
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,15 @@ from batchinfer.jobs.records import Claim
 LEASE_SECONDS = 60.0
 RENEWALS_PER_LEASE = 4
 _LOST_IN_A_ROW = 3
+# How many shards one look remembers as free, and how many leases it reads to see whether they are released:
+# a look at a job of many shards must neither fill the memory nor read what thousands of others renew.
+_CANDIDATES = 256
+_READS = 64
+# Where that many leases were seen at once, workers that find nothing look at all of the folder this much
+# more seldom, up to a limit, and look at a few shards meanwhile: together they see as much.
+_LEASES_PER_LOOK = 64
+_MOST_SKIPPED = 16
+_SAMPLE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +42,8 @@ class Survey:
     """What a look at the folder showed: how many shards are committed, and which may be claimed, each
     with the generation to create.
 
-    ``free`` ones have no owner, so the create alone decides who gets them, however old the survey.
+    ``free`` ones have no owner, so the create alone decides who gets them, however old the survey; there
+    may be more than were noted.
     ``stale`` ones had an owner that was silent for too long: true only at the time of the survey.
     """
 
@@ -69,7 +80,12 @@ class Claims:
     def begin(self, shards: Sequence[ShardName]) -> None:
         """From now on these are the shards: those of one round."""
         start = _start(len(shards), self._worker, self._hint)
-        self._shards = [*shards[start:], *shards[:start]]
+        self._shards = len(shards)
+        self._open = [*shards[start:], *shards[:start]]
+        self._looks = 0
+        self._most_leased = 0
+        self._skipped = 0
+        self._found_nothing = False
         self._survey: Survey | None = None
 
     def claim(self, held: Collection[ShardName]) -> Lease | None:
@@ -81,35 +97,66 @@ class Claims:
             lease = self._claim_from(self._survey.free, held)
             if lease is not None:
                 return lease
+            if self._found_nothing and not self._due():
+                return None
         self._survey = self.survey(held)
+        self._found_nothing = not (self._survey.free or self._survey.stale)
         return self._claim_from(self._survey.free, held) or self._claim_from(self._survey.stale, held)
+
+    def _due(self) -> bool:
+        """Whether to look at the whole folder again, the last look having found nothing to claim."""
+        self._skipped += 1
+        if self._skipped > min(_MOST_SKIPPED, self._most_leased // _LEASES_PER_LOOK):
+            return True
+        start = _start(len(self._open), f"{self._worker} {self._looks} {self._skipped}", None)
+        sample = [
+            *self._open[start : start + _SAMPLE],
+            *self._open[: max(0, start + _SAMPLE - len(self._open))],
+        ]
+        # Most of what was open is committed: the end is near.
+        return all(self._folder.is_committed(shard) for shard in sample)
 
     def all_committed(self) -> bool:
         """Whether the last look at the folder found every shard committed."""
-        return self._survey is not None and self._survey.committed == len(self._shards)
+        return self._survey is not None and self._survey.committed == self._shards
 
     def survey(self, held: Collection[ShardName]) -> Survey:
-        """Look at the folder."""
+        """Look at the folder.
+
+        The first look starts where the hint says, every other one anywhere: workers that have run into
+        each other would do so again at the next shard.
+        """
         now = self._now()
         claims = self._folder.list_claims()
         committed = self._folder.committed()
+        self._open = [shard for shard in self._open if shard not in committed]
+        if self._looks:
+            start = _start(len(self._open), f"{self._worker} {self._looks}", None)
+            self._open = [*self._open[start:], *self._open[:start]]
+        self._looks += 1
         free: deque[tuple[ShardName, int]] = deque()
         stale: deque[tuple[ShardName, int]] = deque()
-        done = 0
-        for shard in self._shards:
-            if shard in committed:
-                done += 1
-            elif shard not in held:
-                generations = claims.get(shard.label)
-                if not generations:
-                    free.append((shard, 1))
-                    continue
-                last = max(generations)
-                if now - generations[last].modified > self._lease_seconds:
-                    stale.append((shard, last + 1))
-                elif self._folder.read_claim(shard, last).released:
-                    free.append((shard, last + 1))
-        return Survey(done, free, stale)
+        leased: list[tuple[float, ShardName, int]] = []
+        for shard in self._open:
+            if shard in held:
+                continue
+            generations = claims.get(shard.label)
+            if not generations:
+                free.append((shard, 1))
+                if len(free) == _CANDIDATES:
+                    break
+                continue
+            last = max(generations)
+            if now - generations[last].modified > self._lease_seconds:
+                stale.append((shard, last + 1))
+            else:
+                leased.append((generations[last].modified, shard, last))
+        self._skipped, self._most_leased = 0, max(self._most_leased, len(leased))
+        # One that is released is not renewed any more, so it is among those that were longest silent.
+        for _, shard, last in heapq.nsmallest(_READS, leased):
+            if self._folder.read_claim(shard, last).released:
+                free.append((shard, last + 1))
+        return Survey(self._shards - len(self._open), free, stale)
 
     def renew(self, lease: Lease) -> bool:
         """Rewrite our generation; False when there is a newer one, so the shard is somebody else's."""
@@ -139,6 +186,8 @@ class Claims:
             claim = Claim(worker=self._worker, nonce=new_nonce())
             if not self._folder.create_claim(shard, generation, claim):
                 lost_in_a_row += 1
+                # Somebody walks just ahead of us: go on elsewhere.
+                candidates.rotate(len(candidates) * 3 // 8)
             # Its last owner may have committed it between our look and our claim.
             elif not self._folder.is_committed(shard):
                 return Lease(shard, generation, claim)

@@ -142,6 +142,52 @@ def test_one_look_serves_many_claims(store: TimedStore) -> None:
     assert store.calls.count("list _batchinfer/claims/") == 1
 
 
+def many(store: TimedStore, shards: int, worker: str) -> Claims:
+    names = [ShardName(0, index, shards) for index in range(shards)]
+    return Claims(JobFolder(store), names, worker, lambda: store.time, hint=0)
+
+
+def test_a_look_at_many_leases_reads_a_few_and_finds_the_released_one(store: TimedStore) -> None:
+    owner = many(store, 300, "a")
+    leases = [lease for _ in range(300) if (lease := owner.claim([])) is not None]
+    assert len({lease.shard for lease in leases}) == 300
+    store.time += 20
+    owner.release(leases[200])
+    store.time += 20
+    for lease in leases:
+        if lease is not leases[200]:
+            owner.renew(lease)
+    reads: list[str] = []
+    get = store.get
+    store.get = lambda key: (reads.append(key), get(key))[1]  # type: ignore[method-assign]
+    found = many(store, 300, "b").claim([])
+    assert found is not None and (found.shard, found.generation) == (leases[200].shard, 2)
+    assert len(reads) <= 64
+
+
+def test_among_many_workers_a_look_that_finds_nothing_is_seldom_repeated(store: TimedStore) -> None:
+    owner = many(store, 640, "a")
+    leases = [lease for _ in range(640) if (lease := owner.claim([])) is not None]
+    idle = many(store, 640, "b")
+    store.calls.clear()
+    assert [idle.claim([]) for _ in range(12)] == [None] * 12
+    assert store.calls.count("list _batchinfer/claims/") == 2
+    # When the end is near it looks: others may have left something, or it may leave.
+    for lease in leases:
+        store.put(lease.shard.part, b"x")
+    assert idle.claim([]) is None and idle.all_committed()
+
+
+def test_whoever_loses_a_race_goes_on_elsewhere(store: TimedStore) -> None:
+    first, second = many(store, 200, "a"), many(store, 200, "b")
+    looked = second.claim([])
+    assert looked is not None and looked.shard.index == 0
+    taken = [first.claim([]) for _ in range(3)]
+    assert [lease.shard.index for lease in taken if lease] == [1, 2, 3]
+    found = second.claim([])
+    assert found is not None and found.shard.index > 20
+
+
 # -- progress ---------------------------------------------------------------------------------------
 
 
