@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
+
+_PR_SET_NAME = 15
 
 
 class Condition(AbstractContextManager[object], Protocol):
@@ -70,7 +73,12 @@ class SystemClock:
         return threading.Condition()
 
     def spawn(self, name: str, function: Callable[[], None]) -> Thread:
-        """A started daemon thread."""
-        thread = threading.Thread(target=function, name=name, daemon=True)
+        """A started daemon thread, which the system's tools show by its name."""
+
+        def run() -> None:
+            ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0)
+            function()
+
+        thread = threading.Thread(target=run, name=name, daemon=True)
         thread.start()
         return thread
