@@ -1,0 +1,240 @@
+"""Thousands of simulated workers on a job of many shards: what claiming costs, and whether anybody herds.
+
+    python benchmarks/claims_at_scale.py --workers 2000 --shards 100000
+
+The claims are the project's own code; the store and the time are simulated: every request takes
+``--latency`` seconds and a page of a listing 1,000 keys, so a look at the folder is as old as it took, and
+two workers may want the same shard. Workers start within ``--ramp`` seconds, hold two shards each, and
+renew their leases; a shard takes ``--shard-seconds``, more or less. Some are preempted and replaced.
+Prices are those of Amazon S3: 0.005 USD for 1,000 writes or pages of listings, 0.0004 USD for 1,000 reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import random
+import sys
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from batchinfer.connectors.types import ObjectInfo
+from batchinfer.jobs.claims import LEASE_SECONDS, RENEWALS_PER_LEASE, Claims, Lease
+from batchinfer.jobs.feeder import FIRST_PATIENCE, PATIENCE_GROWTH
+from batchinfer.jobs.folder import ShardName
+from batchinfer.jobs.records import Claim
+from batchinfer.jobs.workbench import OPEN_SHARDS
+
+USD = {"write": 5e-6, "list": 5e-6, "read": 4e-7}
+PAGE = 1000
+
+
+@dataclass
+class Folder:
+    """The claims and parts of a job, as one worker sees them when it is at ``at``: listings show the
+    folder as it was when they began, creates act at once."""
+
+    latency: float
+    at: float = 0.0
+    claims: dict[str, dict[int, ObjectInfo]] = field(default_factory=dict)
+    records: dict[tuple[str, int], Claim] = field(default_factory=dict)
+    parts: dict[ShardName, float] = field(default_factory=dict)
+    listed: dict[str, dict[int, ObjectInfo]] = field(default_factory=dict)
+    unlisted: deque[tuple[float, str, int]] = field(default_factory=deque)
+    requests: Counter[str] = field(default_factory=Counter)
+    by_second: Counter[int] = field(default_factory=Counter)
+    creates: int = 0
+    won: int = 0
+    looks: int = 0
+    longest_look: float = 0.0
+
+    def count(self, kind: str, number: int = 1) -> None:
+        self.requests[kind] += number
+        for _ in range(number):
+            self.at += self.latency
+            self.by_second[int(self.at)] += 1
+
+    def now(self) -> float:
+        """A heartbeat, and its time."""
+        self.count("write")
+        self.count("read")
+        return self.at
+
+    def list_claims(self) -> dict[str, dict[int, ObjectInfo]]:
+        self.looks += 1
+        began = self.at
+        while self.unlisted and self.unlisted[0][0] <= began:
+            _, label, generation = self.unlisted.popleft()
+            self.listed.setdefault(label, {})[generation] = self.claims[label][generation]
+        self.count("list", 1 + len(self.listed) // PAGE)
+        return self.listed
+
+    def committed(self) -> dict[ShardName, float]:
+        self.count("list", 1 + len(self.parts) // PAGE)
+        return self.parts
+
+    def is_committed(self, shard: ShardName) -> bool:
+        self.count("read")
+        return shard in self.parts
+
+    def create_claim(self, shard: ShardName, generation: int, claim: Claim) -> bool:
+        self.count("write")
+        self.creates += 1
+        if generation in self.claims.get(shard.label, {}):
+            self.count("read")  # whose is it?
+            return False
+        self.won += 1
+        self._write(shard, generation, claim)
+        self.unlisted.append((self.at, shard.label, generation))
+        return True
+
+    def rewrite_claim(self, shard: ShardName, generation: int, claim: Claim) -> None:
+        self.count("write")
+        self._write(shard, generation, claim)
+        if generation in self.listed.get(shard.label, {}):
+            self.listed[shard.label][generation] = self.claims[shard.label][generation]
+
+    def _write(self, shard: ShardName, generation: int, claim: Claim) -> None:
+        self.records[shard.label, generation] = claim
+        info = ObjectInfo(f"{shard.label}/{generation}", 100, "", self.at)
+        self.claims.setdefault(shard.label, {})[generation] = info
+
+    def read_claim(self, shard: ShardName, generation: int) -> Claim:
+        self.count("read")
+        try:
+            return self.records[shard.label, generation]
+        except KeyError:
+            raise FileNotFoundError(shard.label) from None
+
+
+class Worker:
+    """A worker's place in the simulation."""
+
+    def __init__(self, folder: Folder, shards: list[ShardName], name: str) -> None:
+        view: Any = folder
+        self.claims = Claims(view, shards, name, folder.now)
+        self.leases: dict[ShardName, Lease] = {}
+        self.patience = FIRST_PATIENCE
+        self.alive = True
+        self.free_at = 0.0
+        """When its engine, which does one shard after the other, will be done with those it has."""
+
+
+def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run the job to its end; returns the figures."""
+    chance = random.Random(arguments.seed)
+    folder = Folder(arguments.latency)
+    shards = [ShardName(0, index, arguments.shards) for index in range(arguments.shards)]
+    events: list[tuple[float, int, str, Worker, Any]] = []
+    numbers = iter(range(1 << 60))
+    renewal = LEASE_SECONDS / RENEWALS_PER_LEASE
+    idle_seconds = 0.0
+    ended = 0.0
+
+    def plan(at: float, what: str, worker: Worker, about: Any = None) -> None:
+        heapq.heappush(events, (at, next(numbers), what, worker, about))
+
+    def hire(at: float) -> None:
+        worker = Worker(folder, shards, f"worker {next(numbers)}")
+        plan(at, "claim", worker)
+        plan(at + chance.uniform(0, renewal), "renew", worker)
+        if chance.random() < arguments.preempted:
+            whole = arguments.shards / arguments.workers * arguments.shard_seconds
+            plan(at + chance.uniform(0, whole), "preempt", worker)
+
+    for _ in range(arguments.workers):
+        hire(chance.uniform(0, arguments.ramp))
+    while events:
+        at, _, what, worker, about = heapq.heappop(events)
+        if not worker.alive:
+            continue
+        folder.at = at
+        if what == "claim":
+            while len(worker.leases) < OPEN_SHARDS:
+                looks, began = folder.looks, folder.at
+                lease = worker.claims.claim(worker.leases.keys())
+                if folder.looks > looks:
+                    folder.longest_look = max(folder.longest_look, folder.at - began)
+                if lease is None:
+                    break
+                worker.leases[lease.shard] = lease
+                worker.patience = FIRST_PATIENCE
+                folder.count("list")  # its progress
+                took = arguments.shard_seconds * chance.lognormvariate(0, 0.3)
+                worker.free_at = max(worker.free_at, folder.at) + took
+                plan(worker.free_at, "done", worker, lease.shard)
+            if len(worker.leases) == OPEN_SHARDS:
+                continue
+            if worker.claims.all_committed():
+                worker.alive = False
+                continue
+            wait = min(worker.patience, renewal)
+            worker.patience *= PATIENCE_GROWTH
+            if not worker.leases:
+                idle_seconds += wait
+            plan(folder.at + wait, "claim", worker)
+        elif what == "done":
+            waiting = len(worker.leases) < OPEN_SHARDS
+            lease = worker.leases.pop(about)
+            folder.count("write", 2)  # heartbeat, part
+            folder.count("list")
+            if about not in folder.parts:
+                folder.parts[about] = folder.at
+            ended = folder.at
+            if not waiting:
+                plan(folder.at, "claim", worker)
+        elif what == "renew":
+            for lease in worker.leases.values():
+                worker.claims.renew(lease)
+            folder.count("write")
+            folder.count("list")
+            plan(at + renewal, "renew", worker)
+        else:
+            worker.alive = False
+            hire(at + arguments.ramp)
+    assert len(folder.parts) == arguments.shards
+    rates = sorted(folder.by_second[second] for second in range(int(ended) + 1))
+    usd = sum(USD[kind] * number for kind, number in folder.requests.items())
+    fleet_hours = arguments.workers * ended / 3600
+    return {
+        "workers": arguments.workers,
+        "shards": arguments.shards,
+        "hours": ended / 3600,
+        "claims_per_useful_shard": folder.creates / arguments.shards,
+        "claims_lost": folder.creates - folder.won,
+        "looks_per_worker": folder.looks / arguments.workers,
+        "longest_look_seconds": folder.longest_look,
+        "requests": dict(folder.requests),
+        "requests_per_shard": folder.requests.total() / arguments.shards,
+        "requests_per_second": {
+            "mean": folder.requests.total() / ended,
+            "median": rates[len(rates) // 2],
+            "p99": rates[int(len(rates) * 0.99)],
+            "most": rates[-1],
+        },
+        "usd": usd,
+        "usd_per_worker_hour": usd / fleet_hours,
+        "idle_share": idle_seconds / (arguments.workers * ended),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2000)
+    parser.add_argument("--shards", type=int, default=100_000)
+    parser.add_argument("--shard-seconds", type=float, default=180.0)
+    parser.add_argument("--latency", type=float, default=0.03, help="seconds a request takes")
+    parser.add_argument("--ramp", type=float, default=60.0, help="seconds in which the workers start")
+    parser.add_argument("--preempted", type=float, default=0.2, help="share of the workers")
+    parser.add_argument("--seed", type=int, default=0)
+    began = time.monotonic()
+    figures = simulate(parser.parse_args())
+    print(json.dumps(figures | {"simulated_in_seconds": time.monotonic() - began}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
