@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SECOND = 1_000_000_000
 CLOCK_TICK_NS = 20_000_000
 """How exactly a process's start is known, twice over."""
-SLACK_NS = 6 * SECOND
+SLACK_NS = 15 * SECOND
 """How much later than planned a thread may get to something on a busy machine whose store has faults."""
 DRAIN_NS = 25 * SECOND
 _LOST = ("was taken over by another worker", "was committed by another worker")
