@@ -26,15 +26,19 @@ _READS = 64
 _LEASES_PER_LOOK = 64
 _MOST_SKIPPED = 16
 _SAMPLE = 4
+# How many shards one look considers for help.
+_TO_HELP = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A shard's lease that we hold: its generation, and the claim as last written."""
+    """A shard's lease that we hold, as its owner or as its ``helper``: its generation, and the claim as
+    last written."""
 
     shard: ShardName
     generation: int
     claim: Claim
+    helper: bool = False
 
 
 @dataclass(slots=True)
@@ -45,11 +49,13 @@ class Survey:
     ``free`` ones have no owner, so the create alone decides who gets them, however old the survey; there
     may be more than were noted.
     ``stale`` ones had an owner that was silent for too long: true only at the time of the survey.
+    ``helpable`` ones have an owner, and no helper: with the generation of the helper's lease.
     """
 
     committed: int
     free: deque[tuple[ShardName, int]]
     stale: deque[tuple[ShardName, int]]
+    helpable: list[tuple[ShardName, int]]
 
 
 class Claims:
@@ -116,6 +122,36 @@ class Claims:
         # Most of what was open is committed: the end is near.
         return all(self._folder.is_committed(shard) for shard in sample)
 
+    def helpable(self) -> list[tuple[ShardName, int]]:
+        """Some shards that the last look found in somebody's hands and without a helper, each look's but
+        once; see :meth:`help`."""
+        if self._survey is None:
+            return []
+        some, self._survey.helpable = self._survey.helpable[:_TO_HELP], []
+        return some
+
+    def help(self, shard: ShardName, generation: int) -> Lease | None:
+        """Become the shard's one helper; None where another one was faster, or the shard is committed."""
+        claim = Claim(worker=self._worker, nonce=new_nonce())
+        if not self._folder.create_claim(shard, generation, claim, helper=True):
+            return None
+        if self._folder.is_committed(shard):
+            return None
+        return Lease(shard, generation, claim, helper=True)
+
+    def at_work(self, shard: ShardName) -> set[str]:
+        """The workers whose lease on the shard is neither stale nor released: its owner, its helper."""
+        now = self._now()
+        found = set()
+        for helper, leases in enumerate(self._folder.list_leases(shard)):
+            for generations in leases.values():
+                last = max(generations)
+                if now - generations[last].modified <= self._lease_seconds:
+                    claim = self._folder.read_claim(shard, last, bool(helper))
+                    if not claim.released:
+                        found.add(claim.worker)
+        return found
+
     def all_committed(self) -> bool:
         """Whether the last look at the folder found every shard committed."""
         return self._survey is not None and self._survey.committed == self._shards
@@ -127,7 +163,7 @@ class Claims:
         each other would do so again at the next shard.
         """
         now = self._now()
-        claims = self._folder.list_claims()
+        owners, helpers = self._folder.list_leases()
         committed = self._folder.committed()
         self._open = [shard for shard in self._open if shard not in committed]
         if self._looks:
@@ -140,7 +176,7 @@ class Claims:
         for shard in self._open:
             if shard in held:
                 continue
-            generations = claims.get(shard.label)
+            generations = owners.get(shard.label)
             if not generations:
                 free.append((shard, 1))
                 if len(free) == _CANDIDATES:
@@ -153,27 +189,37 @@ class Claims:
                 leased.append((generations[last].modified, shard, last))
         self._skipped, self._most_leased = 0, max(self._most_leased, len(leased))
         # One that is released is not renewed any more, so it is among those that were longest silent.
+        released = set()
         for _, shard, last in heapq.nsmallest(_READS, leased):
             if self._folder.read_claim(shard, last).released:
                 free.append((shard, last + 1))
-        return Survey(self._shards - len(self._open), free, stale)
+                released.add(shard)
+        helpable = []
+        for _, shard, _ in leased:
+            generations = helpers.get(shard.label, {})
+            last = max(generations, default=0)
+            helped = last > 0 and now - generations[last].modified <= self._lease_seconds
+            if not helped and shard not in released:
+                helpable.append((shard, last + 1))
+        return Survey(self._shards - len(self._open), free, stale, helpable)
 
     def renew(self, lease: Lease) -> bool:
         """Rewrite our generation; False when there is a newer one, so the shard is somebody else's."""
-        self._folder.rewrite_claim(lease.shard, lease.generation, lease.claim)
+        self._folder.rewrite_claim(lease.shard, lease.generation, lease.claim, lease.helper)
         return not self.superseded(lease)
 
     def superseded(self, lease: Lease) -> bool:
         """Whether a newer generation of the lease exists."""
         try:
-            self._folder.read_claim(lease.shard, lease.generation + 1)
+            self._folder.read_claim(lease.shard, lease.generation + 1, lease.helper)
         except FileNotFoundError:
             return False
         return True
 
     def release(self, lease: Lease) -> None:
         """Give the shard up before its lease goes stale; nobody may renew it any more."""
-        self._folder.rewrite_claim(lease.shard, lease.generation, replace(lease.claim, released=True))
+        released = replace(lease.claim, released=True)
+        self._folder.rewrite_claim(lease.shard, lease.generation, released, lease.helper)
 
     def _claim_from(
         self, candidates: deque[tuple[ShardName, int]], held: Collection[ShardName]

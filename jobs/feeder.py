@@ -14,9 +14,8 @@ from batchinfer.engine.types import Request, SamplingParams
 from batchinfer.jobs.claims import Claims, Lease
 from batchinfer.jobs.folder import JobFolder, ShardName
 from batchinfer.jobs.open_shard import OpenShard
-from batchinfer.jobs.progress import ProgressWriter, read_progress
+from batchinfer.jobs.progress import Progress, ProgressReader, ProgressWriter, read_progress
 from batchinfer.jobs.records import Failure, input_as_json
-from batchinfer.jobs.samples import SampleKey
 from batchinfer.jobs.types import RowError, Shard
 from batchinfer.jobs.workbench import Workbench
 
@@ -44,6 +43,18 @@ class Work:
     row_sampling: Callable[[Mapping[str, Any]], SamplingParams] | None = None
 
 
+def helping_pays(rows: int, progress: Progress, n: int) -> bool:
+    """Whether a helper of a shard of ``rows`` rows has enough to do, from what its owner has published.
+
+    It has while at least as many rows wait as the owner's engine has begun: then there is as much left
+    for another engine as the owner is at. Before the owner has published anything nobody knows; and
+    while rows are suspected of ending engines, one worker that isolates them is enough.
+    """
+    settled, running = progress.settled(n), len(progress.running)
+    waiting = rows - settled - running
+    return settled + running > 0 and waiting >= max(2, running) and not progress.suspicion
+
+
 class Feeder:
     """Keeps the bench supplied: claims a shard, reads what is known of it, and queues the rest.
 
@@ -60,6 +71,7 @@ class Feeder:
         self.shards = work.shards
         self._worker = worker
         self._patience = patience
+        self._n = work.sampling.n
 
     def run(self) -> None:
         """Feed until the worker stops, or every shard is committed."""
@@ -69,12 +81,19 @@ class Feeder:
             if lease is not None:
                 patience = FIRST_PATIENCE
                 self._feed(lease)
-            elif self._claims.all_committed() and not (following := self._next_round()):
+            elif (
+                self._claims.all_committed()
+                and not (following := self._next_round())
+                and not self._bench.is_helping()
+            ):
                 self._bench.request_stop("done")
             elif self._claims.all_committed() and not self._bench.held():
                 # Not before the engine has forgotten the last round's rows: they may be tried again.
                 self.shards = following
                 self._claims.begin(list(following))
+            elif not self._bench.held() and (lease := self._help()) is not None:
+                patience = FIRST_PATIENCE
+                self._feed(lease)
             else:
                 # The others' leases may still go stale, so there may be work for us later. Often they are
                 # about to finish, so look soon, and then less and less often.
@@ -83,6 +102,16 @@ class Feeder:
 
     def _next_round(self) -> Mapping[ShardName, Shard]:
         return self._work.next_round(next(iter(self.shards)).round + 1)
+
+    def _help(self) -> Lease | None:
+        """A helper's lease on a shard of somebody else's, where helping pays."""
+        for shard, generation in self._claims.helpable():
+            progress = read_progress(self._folder, shard)
+            if progress is not None and helping_pays(self.shards[shard].rows, progress, self._n):
+                lease = self._claims.help(shard, generation)
+                if lease is not None:
+                    return lease
+        return None
 
     def _feed(self, lease: Lease) -> None:
         planned = self.shards[lease.shard]
@@ -93,11 +122,17 @@ class Feeder:
         if progress is None:
             self._bench.lose(shard)
             return
-        shard.load(progress)
-        for split in planned.splits:
-            for part in self._work.read(split):
-                if not self._bench.enqueue(shard, *self._prepare(shard, part)):
-                    return
+        reader = ProgressReader(self._folder, lease.shard, self._worker, progress.read)
+        shard.load(progress, reader)
+        parts = (self._prepare(shard, part) for split in planned.splits for part in self._work.read(split))
+        if lease.helper:
+            # From the far end: all of the shard is read before its last row comes first.
+            parts = (
+                (requests[::-1], inputs, failures) for requests, inputs, failures in reversed(list(parts))
+            )
+        for requests, inputs, failures in parts:
+            if not self._bench.enqueue(shard, requests, inputs, failures):
+                return
         self._bench.finish_reading(shard)
 
     def _prepare(
@@ -111,8 +146,7 @@ class Feeder:
             if isinstance(row, BadRow):
                 failures.append(Failure(row.index, row.code, row.message, 1, row.raw))
                 continue
-            missing = shard.missing(row.index)
-            if not missing:
+            if not shard.missing(row.index):
                 continue
             try:
                 prompt = self._work.render(row.values)
@@ -122,9 +156,6 @@ class Feeder:
                 values = input_as_json(row.values)
                 failures.append(Failure(row.index, error.code, error.message, 1, values))
                 continue
-            keys = ((sample, SampleKey(row.index, sample)) for sample in missing)
-            resume = {sample: shard.partials[key].decoded for sample, key in keys if key in shard.partials}
-            samples = None if len(missing) == shard.n else missing
-            requests.append(Request(row.index, prompt, sampling, resume, samples))
+            requests.append(Request(row.index, prompt, sampling))
             inputs[row.index] = row.values
         return requests, inputs, failures

@@ -37,7 +37,7 @@ from batchinfer.jobs.rounds import RoundPlan
 from batchinfer.jobs.types import JobError, Shard
 
 _PART = re.compile(r"part-(?:r(?P<round>\d+)-)?(?P<index>\d+)-of-(?P<count>\d+)\.parquet")
-_CLAIM = re.compile(r"_batchinfer/claims/(?P<shard>[^/]+)/(?P<generation>\d+)\.json")
+_CLAIM = re.compile(r"_batchinfer/claims/(?P<shard>[^/]+)/(?P<helper>helper-)?(?P<generation>\d+)\.json")
 _ROUND = re.compile(r"_batchinfer/rounds/(?P<round>\d+)/plan\.arrow")
 _PROGRESS = re.compile(
     r"_batchinfer/progress/(?P<shard>[^/]+)/(?P<worker>.+)-(?P<sequence>\d+)(?P<inflight>\.inflight)?\.arrow"
@@ -209,30 +209,39 @@ class JobFolder:
 
     # -- claims -----------------------------------------------------------------------------------
 
-    def claim_key(self, shard: ShardName, generation: int) -> str:
-        """The key of one generation of a shard's lease."""
-        return f"_batchinfer/claims/{shard.label}/{generation:04d}.json"
+    def claim_key(self, shard: ShardName, generation: int, helper: bool = False) -> str:
+        """The key of one generation of a shard's lease, or of its helper's."""
+        return f"_batchinfer/claims/{shard.label}/{'helper-' if helper else ''}{generation:04d}.json"
 
     def list_claims(self, shard: ShardName | None = None) -> dict[str, dict[int, ObjectInfo]]:
         """Lease generations by shard label, of one shard or of all."""
+        return self.list_leases(shard)[0]
+
+    def list_leases(
+        self, shard: ShardName | None = None
+    ) -> tuple[dict[str, dict[int, ObjectInfo]], dict[str, dict[int, ObjectInfo]]]:
+        """Lease generations by shard label, of one shard or of all: the owners', and the helpers'."""
         prefix = "_batchinfer/claims/" + (f"{shard.label}/" if shard else "")
-        claims: dict[str, dict[int, ObjectInfo]] = {}
+        owners: dict[str, dict[int, ObjectInfo]] = {}
+        helpers: dict[str, dict[int, ObjectInfo]] = {}
         for info in self.store.list(prefix):
             if match := _CLAIM.fullmatch(info.key):
-                claims.setdefault(match["shard"], {})[int(match["generation"])] = info
-        return claims
+                leases = helpers if match["helper"] else owners
+                leases.setdefault(match["shard"], {})[int(match["generation"])] = info
+        return owners, helpers
 
-    def create_claim(self, shard: ShardName, generation: int, claim: Claim) -> bool:
+    def create_claim(self, shard: ShardName, generation: int, claim: Claim, helper: bool = False) -> bool:
         """Create a generation: True when it is ours."""
-        return self.create(self.claim_key(shard, generation), claim.to_bytes(), claim.nonce, self._nonce)
+        key = self.claim_key(shard, generation, helper)
+        return self.create(key, claim.to_bytes(), claim.nonce, self._nonce)
 
-    def rewrite_claim(self, shard: ShardName, generation: int, claim: Claim) -> None:
+    def rewrite_claim(self, shard: ShardName, generation: int, claim: Claim, helper: bool = False) -> None:
         """Renew or release our own generation."""
-        self.store.put(self.claim_key(shard, generation), claim.to_bytes())
+        self.store.put(self.claim_key(shard, generation, helper), claim.to_bytes())
 
-    def read_claim(self, shard: ShardName, generation: int) -> Claim:
+    def read_claim(self, shard: ShardName, generation: int, helper: bool = False) -> Claim:
         """One generation's record."""
-        return Claim.from_bytes(self.store.get(self.claim_key(shard, generation)))
+        return Claim.from_bytes(self.store.get(self.claim_key(shard, generation, helper)))
 
     # -- progress of open shards ------------------------------------------------------------------
 

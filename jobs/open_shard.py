@@ -8,14 +8,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from batchinfer.engine.types import Completion
+from batchinfer.engine.types import Completion, Request
 from batchinfer.jobs.claims import Lease
 from batchinfer.jobs.commit import take_rows
 from batchinfer.jobs.folder import ShardName
-from batchinfer.jobs.progress import Progress, ProgressWriter
+from batchinfer.jobs.progress import News, Progress, ProgressReader, ProgressWriter
 from batchinfer.jobs.records import Failure
-from batchinfer.jobs.samples import NOTHING, Finished, Partial, SampleKey, charges_after
-from batchinfer.jobs.suspects import Suspicion
+from batchinfer.jobs.samples import NOTHING, Finished, Flight, Partial, SampleKey, charges_after
+from batchinfer.jobs.suspects import UNSUSPECTED, Suspicion
 from batchinfer.jobs.types import Shard
 
 
@@ -27,6 +27,9 @@ class OpenShard:
     last snapshot said. ``sent`` is the same as the present engine got it, the base of its charges.
     ``inputs`` holds the values of rows that wait for an answer, for the failures that may come.
     ``suspicion`` is what earlier owners held against rows.
+
+    A shard is ``shared`` once its owner and its helper both work on it: ``elsewhere`` are the rows that
+    the other one's engine has begun, ``aside`` requests for such rows, which we do not begin as well.
 
     Invariant: ``settled`` counts the rows in ``failures`` and those with all ``n`` samples finished.
     """
@@ -42,7 +45,11 @@ class OpenShard:
         self.partials: dict[SampleKey, Partial] = {}
         self.sent: dict[SampleKey, Partial] = {}
         self.inputs: dict[int, Mapping[str, Any]] = {}
-        self.suspicion = Suspicion()
+        self.suspicion = UNSUSPECTED
+        self.shared = lease.helper
+        self.reader: ProgressReader | None = None
+        self.elsewhere: frozenset[int] = frozenset()
+        self.aside: dict[int, Request] = {}
         self.unpublished: list[Finished] = []
         self.unpublished_failures: list[Failure] = []
         self.unpublished_bytes = 0
@@ -53,14 +60,18 @@ class OpenShard:
         self._indexes: list[pa.Array] = []
         self._counts: dict[int, int] = {}
 
-    def load(self, progress: Progress) -> None:
-        """Begin with what earlier owners saved; to be called before any row is read."""
+    def load(self, progress: Progress, reader: ProgressReader) -> None:
+        """Begin with what others saved; to be called before any row is read. ``reader`` then follows
+        what they save from now on."""
         self.samples, self.failures = progress.samples, progress.failures
         self.partials = progress.partials
         self.suspicion = progress.suspicion
         for key in self.samples:
             self._counts[key.row] = self._counts.get(key.row, 0) + 1
         self.settled = len(self.failures) + sum(count == self.n for count in self._counts.values())
+        if self.shared:
+            self.elsewhere = frozenset(progress.running)
+        self.reader = reader
 
     @property
     def complete(self) -> bool:
@@ -108,6 +119,30 @@ class OpenShard:
         if row in self.failures or self._counts.get(row) == self.n:
             return
         failure = replace(failure, attempts=failure.attempts + self.shard.attempts_before(row))
+        self.unpublished_failures.append(failure)
+        self.unpublished_bytes += 200 + len(failure.input or "")
+        self._settle_failed(failure)
+
+    def absorb(self, news: News) -> set[int]:
+        """Take what others have finished; returns the rows that are settled by it."""
+        settled = set()
+        for failure in news.failures:
+            if self.missing(failure.row_index):
+                self._settle_failed(failure)
+                settled.add(failure.row_index)
+        for sample in news.samples:
+            key = sample.key
+            if key not in self.samples and key.row not in self.failures:
+                self.samples[key] = sample
+                self.partials.pop(key, None)
+                self._counts[key.row] = self._counts.get(key.row, 0) + 1
+                if self._counts[key.row] == self.n:
+                    self.settled += 1
+                    settled.add(key.row)
+        return settled
+
+    def _settle_failed(self, failure: Failure) -> None:
+        row = failure.row_index
         for sample in range(self.n):
             key = SampleKey(row, sample)
             self.samples.pop(key, None)
@@ -115,8 +150,6 @@ class OpenShard:
             self.sent.pop(key, None)
         self._counts.pop(row, None)
         self.failures[row] = failure
-        self.unpublished_failures.append(failure)
-        self.unpublished_bytes += 200 + len(failure.input or "")
         self.settled += 1
 
     def own_partials(self, worker: str) -> dict[SampleKey, Partial]:
@@ -127,12 +160,17 @@ class OpenShard:
             if partial.charges and partial.charges[-1].worker == worker
         }
 
-    def take_news(self, worker: str) -> tuple[list[Finished], list[Failure], dict[SampleKey, Partial]]:
-        """What is to be published: samples and failures since the last call, and samples in flight."""
+    def take_news(
+        self, worker: str, running: frozenset[int], suspicion: Suspicion
+    ) -> tuple[list[Finished], list[Failure], Flight]:
+        """What is to be published: samples and failures since the last call, and what is in flight;
+        ``running`` rows are in the engine, ``suspicion`` is held against rows of this shard."""
         samples, self.unpublished = self.unpublished, []
         failures, self.unpublished_failures = self.unpublished_failures, []
         self.unpublished_bytes = 0
-        return samples, failures, self.own_partials(worker)
+        begun = frozenset(key.row for key in self.partials) & running
+        flight = Flight(self.own_partials(worker), begun, self.suspicion.merged(suspicion))
+        return samples, failures, flight
 
     def own_charges(self, row: int, worker: str) -> int:
         """Nanoseconds that ``worker`` charged to what is finished and in flight of a row."""

@@ -6,13 +6,15 @@ not matter who wrote what, or whether a writer had lost its lease.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from batchinfer.jobs.folder import JobFolder, ShardName
 from batchinfer.jobs.records import Failure
 from batchinfer.jobs.samples import (
     Finished,
+    Flight,
     Partial,
     SampleKey,
     finished_from_bytes,
@@ -27,12 +29,20 @@ from batchinfer.jobs.suspects import UNSUSPECTED, Suspicion
 class Progress:
     """The union of a shard's progress: a finished sample hides what was in flight of it, and of
     several copies in flight the longest counts. A failed row hides its samples. ``suspicion`` is what is
-    held against rows of which engines may have died."""
+    held against rows of which engines may have died, ``running`` the rows that engines have begun, and
+    ``read`` the keys that were read."""
 
     samples: dict[SampleKey, Finished] = field(default_factory=dict)
     failures: dict[int, Failure] = field(default_factory=dict)
     partials: dict[SampleKey, Partial] = field(default_factory=dict)
+    running: set[int] = field(default_factory=set)
     suspicion: Suspicion = UNSUSPECTED
+    read: set[str] = field(default_factory=set)
+
+    def settled(self, n: int) -> int:
+        """Rows that are failed, or have all their ``n`` samples."""
+        counts = Counter(key.row for key in self.samples)
+        return len(self.failures) + sum(count == n for count in counts.values())
 
 
 def read_progress(folder: JobFolder, shard: ShardName) -> Progress | None:
@@ -42,10 +52,12 @@ def read_progress(folder: JobFolder, shard: ShardName) -> Progress | None:
         try:
             for item in folder.list_progress(shard):
                 data = folder.store.get(item.key)
+                progress.read.add(item.key)
                 if item.inflight:
-                    partials, suspicion = inflight_from_bytes(data)
-                    progress.suspicion = progress.suspicion.merged(suspicion)
-                    for key, partial in partials.items():
+                    flight = inflight_from_bytes(data)
+                    progress.suspicion = progress.suspicion.merged(flight.suspicion)
+                    progress.running |= flight.running
+                    for key, partial in flight.partials.items():
                         known = progress.partials.get(key)
                         if known is None or len(known.decoded.token_ids) < len(partial.decoded.token_ids):
                             progress.partials[key] = partial
@@ -69,6 +81,57 @@ def read_progress(folder: JobFolder, shard: ShardName) -> Progress | None:
         return progress
 
 
+@dataclass(frozen=True, slots=True)
+class News:
+    """What others have published of a shard since the last look, and what they have in flight now, by
+    worker; ``others`` says whether anything was new."""
+
+    samples: Sequence[Finished]
+    failures: Sequence[Failure]
+    flights: Mapping[str, Flight]
+    others: bool
+
+
+class ProgressReader:
+    """Follows what others publish of a shard that ``worker`` has open; ``read`` are keys that it knows."""
+
+    def __init__(self, folder: JobFolder, shard: ShardName, worker: str, read: Iterable[str]) -> None:
+        self._folder = folder
+        self._shard = shard
+        self._worker = worker
+        self._read = set(read)
+        self._flights: dict[str, Flight] = {}
+
+    def news(self) -> News | None:
+        """Look once; None when the shard is committed, and objects of it are gone."""
+        samples: list[Finished] = []
+        failures: list[Failure] = []
+        flights: dict[str, Flight] = {}
+        by_worker: dict[str, Flight] = {}
+        new = False
+        for item in self._folder.list_progress(self._shard):
+            if item.worker == self._worker or (item.key in self._read and not item.inflight):
+                continue
+            new = new or item.key not in self._read
+            try:
+                if item.inflight:
+                    flights[item.key] = flight = self._flights.get(item.key) or inflight_from_bytes(
+                        self._folder.store.get(item.key)
+                    )
+                    by_worker[item.worker] = flight
+                else:
+                    more = finished_from_bytes(self._folder.store.get(item.key))
+                    samples += more[0]
+                    failures += more[1]
+            except FileNotFoundError:
+                if self._folder.is_committed(self._shard):
+                    return None
+                continue  # its writer has replaced it by a newer one, which the next look finds
+            self._read.add(item.key)
+        self._flights = flights
+        return News(samples, failures, by_worker, new)
+
+
 class ProgressWriter:
     """Publishes one worker's progress on one shard, as numbered immutable objects."""
 
@@ -79,15 +142,18 @@ class ProgressWriter:
         self._next: int | None = None
         self._inflight: str | None = None
 
+    @property
+    def said_in_flight(self) -> bool:
+        """Whether an object of ours in storage says what is in flight."""
+        return self._inflight is not None
+
     def write(
         self,
         samples: Sequence[Finished],
         failures: Sequence[Failure],
-        partials: Mapping[SampleKey, Partial],
-        suspicion: Suspicion = UNSUSPECTED,
+        flight: Flight,
     ) -> None:
-        """Publish finished samples and failed rows since the last call, all samples in flight, and what is
-        held against rows.
+        """Publish finished samples and failed rows since the last call, and all that is in flight.
 
         Rows first: once they are there, what was in flight of them may go.
         """
@@ -96,9 +162,9 @@ class ProgressWriter:
             key = self._folder.progress_key(self._shard, self._worker, sequence)
             self._folder.store.create_exclusive(key, finished_to_bytes(samples, failures))
         before, self._inflight = self._inflight, None
-        if partials or suspicion:
+        if flight:
             key = self._folder.progress_key(self._shard, self._worker, sequence, inflight=True)
-            self._folder.store.create_exclusive(key, inflight_to_bytes(partials, suspicion))
+            self._folder.store.create_exclusive(key, inflight_to_bytes(flight))
             self._inflight = key
         if before is not None:
             self._folder.store.delete(before)

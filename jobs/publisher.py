@@ -6,6 +6,7 @@ import logging
 
 import pyarrow as pa
 
+from batchinfer.jobs.claims import Claims
 from batchinfer.jobs.clock import Clock
 from batchinfer.jobs.commit import commit
 from batchinfer.jobs.folder import JobFolder
@@ -17,6 +18,7 @@ from batchinfer.jobs.workbench import Workbench
 logger = logging.getLogger(__name__)
 
 FLUSH_BYTES = 8 << 20
+SHARED_FLUSH_NS = 5_000_000_000
 
 
 class Publisher:
@@ -24,7 +26,8 @@ class Publisher:
 
     A complete shard is committed at once. Progress is written every ``flush_seconds``, or when more
     than ``FLUSH_BYTES`` of finished rows wait, or an engine has died; each time the engine is asked what
-    is in flight.
+    is in flight. Then it looks at what others have published of the same shards; while one is shared,
+    every five seconds.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class Publisher:
         bench: Workbench,
         clock: Clock,
         heartbeat: Heartbeat,
+        claims: Claims,
         schema: pa.Schema,
         worker: str,
         flush_seconds: float,
@@ -41,6 +45,7 @@ class Publisher:
         self._bench = bench
         self._clock = clock
         self._heartbeat = heartbeat
+        self._claims = claims
         self._schema = schema
         self._worker = worker
         self._flush_ns = int(flush_seconds * 1e9)
@@ -62,11 +67,16 @@ class Publisher:
             if shard is not None:
                 self._commit(shard)
             elif closing:
+                for shard in list(self._bench.open.values()):
+                    if self._folder.is_committed(shard.name):
+                        self._lose(shard)
                 self._flush()
                 return
             else:
                 self._bench.take_snapshot()
                 self._flush()
+                for shard in list(self._bench.open.values()):
+                    self._look(shard)
                 flushed = self._clock.now_ns()
 
     def _wait(self, flushed: int) -> OpenShard | None:
@@ -79,7 +89,10 @@ class Publisher:
             waiting = sum(shard.unpublished_bytes for shard in shards)
             if self._closing or self._bench.to_save or waiting > FLUSH_BYTES:
                 return None
-            left = flushed + self._flush_ns - self._clock.now_ns()
+            pause = self._flush_ns
+            if any(shard.shared for shard in shards):
+                pause = min(pause, SHARED_FLUSH_NS)
+            left = flushed + pause - self._clock.now_ns()
             if shards and left <= 0:
                 return None
             self._bench.changed.wait(left / 1e9 if shards else None)
@@ -100,12 +113,28 @@ class Publisher:
             self._bench.close(shard)
             delete_progress(self._folder, shard.name)
         else:
-            logger.warning("shard %s was committed by another worker", shard.name.label)
-            self._bench.lose(shard)
+            self._lose(shard)
+
+    def _lose(self, shard: OpenShard) -> None:
+        logger.info("shard %s was committed by another worker", shard.name.label)
+        self._bench.lose(shard)
+        delete_progress(self._folder, shard.name)
 
     def _flush(self) -> None:
         news = self._bench.take_news()
         if news:
             self._heartbeat.beat()
-        for shard, samples, failures, partials, suspicion in news:
-            shard.writer.write(samples, failures, partials, suspicion)
+        for shard, samples, failures, flight in news:
+            shard.writer.write(samples, failures, flight)
+
+    def _look(self, shard: OpenShard) -> None:
+        """See what others have published of the shard."""
+        if shard.reader is None or shard.lease is None:
+            return
+        news = shard.reader.news()
+        if news is not None and news.others:
+            shard.shared = True
+        if news is None or (shard.shared and self._folder.is_committed(shard.name)):
+            self._lose(shard)
+        elif shard.shared:
+            self._bench.absorb(shard, news, self._claims.at_work(shard.name))

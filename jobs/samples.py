@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from batchinfer.engine.types import Completion, Decoded, TokenLogprobs
 from batchinfer.jobs.records import Failure, table_from_bytes, table_to_bytes
-from batchinfer.jobs.suspects import Suspicion
+from batchinfer.jobs.suspects import UNSUSPECTED, Suspicion
 
 
 class SampleKey(NamedTuple):
@@ -62,6 +63,19 @@ class Partial:
 
 
 NOTHING = Partial(Decoded(), ())
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """What one worker has in flight of a shard: samples with what is decoded of them, the rows that its
+    engine has begun, and what it holds against rows."""
+
+    partials: Mapping[SampleKey, Partial] = field(default_factory=dict)
+    running: frozenset[int] = frozenset()
+    suspicion: Suspicion = UNSUSPECTED
+
+    def __bool__(self) -> bool:
+        return bool(self.partials or self.running or self.suspicion)
 
 
 def charges_after(
@@ -134,7 +148,7 @@ _FINISHED_SCHEMA = pa.schema(
     ]
 )
 _INFLIGHT_SCHEMA = pa.schema(_SAMPLE)
-_SUSPICION = b"suspicion"
+_RUNNING, _SUSPICION = b"running", b"suspicion"
 
 
 def finished_to_bytes(samples: Iterable[Finished], failures: Iterable[Failure]) -> bytes:
@@ -199,8 +213,8 @@ def finished_from_bytes(data: bytes) -> tuple[list[Finished], list[Failure]]:
     return samples, failures
 
 
-def inflight_to_bytes(partials: Mapping[SampleKey, Partial], suspicion: Suspicion) -> bytes:
-    """Samples in flight as an Arrow IPC file, with what is held against rows in its schema's metadata."""
+def inflight_to_bytes(flight: Flight) -> bytes:
+    """Samples in flight as an Arrow IPC file, with the rest in its schema's metadata."""
     rows = [
         {
             "row_index": key.row,
@@ -211,13 +225,15 @@ def inflight_to_bytes(partials: Mapping[SampleKey, Partial], suspicion: Suspicio
             "logprobs": _logprobs_out(partial.decoded.logprobs),
             "charges": _charges_out(partial.charges),
         }
-        for key, partial in partials.items()
+        for key, partial in flight.partials.items()
     ]
-    schema = _INFLIGHT_SCHEMA.with_metadata({_SUSPICION: suspicion.to_json()})
+    running = json.dumps(sorted(flight.running))
+    metadata = {_RUNNING: running, _SUSPICION: flight.suspicion.to_json()}
+    schema = _INFLIGHT_SCHEMA.with_metadata(metadata)
     return table_to_bytes(pa.Table.from_pylist(rows, schema=schema))
 
 
-def inflight_from_bytes(data: bytes) -> tuple[dict[SampleKey, Partial], Suspicion]:
+def inflight_from_bytes(data: bytes) -> Flight:
     """The inverse of :func:`inflight_to_bytes`."""
     table, partials = table_from_bytes(data), {}
     for row in table.to_pylist():
@@ -229,7 +245,9 @@ def inflight_from_bytes(data: bytes) -> tuple[dict[SampleKey, Partial], Suspicio
         )
         key = SampleKey(row["row_index"], row["sample_index"])
         partials[key] = Partial(decoded, _charges_in(row["charges"]))
-    return partials, Suspicion.from_json(table.schema.metadata[_SUSPICION])
+    metadata = table.schema.metadata
+    running = frozenset(json.loads(metadata[_RUNNING]))
+    return Flight(partials, running, Suspicion.from_json(metadata[_SUSPICION]))
 
 
 def _logprobs_out(logprobs: tuple[TokenLogprobs | None, ...] | None) -> list[Any] | None:

@@ -93,7 +93,7 @@ class Supervisor:
             folder, self.bench, clock, self._claims, self._heartbeat, pace.lease, self._stalled
         )
         self._publisher = Publisher(
-            folder, self.bench, clock, self._heartbeat, work.schema, worker, pace.flush
+            folder, self.bench, clock, self._heartbeat, self._claims, work.schema, worker, pace.flush
         )
         patience = pace.lease / RENEWALS_PER_LEASE
         self._feeder = Feeder(folder, self.bench, self._claims, work, worker, patience)

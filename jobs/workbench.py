@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,13 +13,14 @@ from batchinfer.jobs.cost import Ledger
 from batchinfer.jobs.folder import ShardName
 from batchinfer.jobs.link import Dropped, Inflight, Spent
 from batchinfer.jobs.open_shard import OpenShard
+from batchinfer.jobs.progress import News
 from batchinfer.jobs.records import Failure, input_as_json
-from batchinfer.jobs.samples import NOTHING, Finished, Partial, SampleKey, charges_after
-from batchinfer.jobs.suspects import DEATHS_ALONE, Suspects, Suspicion
+from batchinfer.jobs.samples import NOTHING, Finished, Flight, Partial, SampleKey, charges_after
+from batchinfer.jobs.suspects import DEATHS_ALONE, Suspects
 
 StopReason = Literal["done", "drain", "cancel", "error"]
 
-News = tuple[OpenShard, list[Finished], list[Failure], dict[SampleKey, Partial], Suspicion]
+Unsaved = tuple[OpenShard, list[Finished], list[Failure], Flight]
 
 SnapshotState = Literal["none", "wanted", "asked"]
 
@@ -54,6 +55,7 @@ class Workbench:
         self.queue: deque[Request] = deque()
         self.in_engine: dict[int, tuple[Request, OpenShard]] = {}
         self.to_drop: list[int] = []
+        self.dropping: set[int] = set()
         self.stop: StopReason | None = None
         self.error: BaseException | None = None
         self.rows_done = self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
@@ -68,6 +70,7 @@ class Workbench:
         self._worker = worker
         self._usd_per_hour = usd_per_hour
         self._engine_kept = 0
+        self._outstanding: dict[int, set[int]] = {}
 
     # -- stopping ---------------------------------------------------------------------------------
 
@@ -93,6 +96,11 @@ class Workbench:
         """Shards that must not be claimed: open ones, and lost ones with rows still in the engine."""
         with self.changed:
             return {*self.open, *(shard.name for _, shard in self.in_engine.values())}
+
+    def is_helping(self) -> bool:
+        """Whether a shard is open as somebody else's helper."""
+        with self.changed:
+            return any(shard.lease is not None and shard.lease.helper for shard in self.open.values())
 
     def add(self, shard: OpenShard) -> None:
         """A shard was claimed."""
@@ -166,19 +174,54 @@ class Workbench:
     def _snapshot_pending(self) -> bool:
         return self.snapshot != "none" and self.engine_ready and self.stop is None
 
-    def take_news(self) -> list[News]:
-        """What is to be published of each open shard that has anything new."""
+    def take_news(self) -> list[Unsaved]:
+        """What is to be published of each open shard that has anything new, or said something of what
+        is in flight."""
         with self.changed:
             self.to_save = False
+            running = frozenset(row for row, (_, shard) in self.in_engine.items() if row not in shard.aside)
             found = [
-                (
-                    shard,
-                    *shard.take_news(self._worker),
-                    shard.suspicion.merged(self.suspects.of(shard.has_row)),
-                )
+                (shard, *shard.take_news(self._worker, running, self.suspects.of(shard.has_row)))
                 for shard in self.open.values()
             ]
-            return [news for news in found if any(news[1:])]
+            return [news for news in found if any(news[1:]) or news[0].writer.said_in_flight]
+
+    def absorb(self, shard: OpenShard, news: News, at_work: Collection[str]) -> None:
+        """Take what others published of a shard: rows that they finished are not begun, or dropped, and
+        rows that the engine of one who is ``at_work`` on it has begun are left to it."""
+        with self.changed:
+            if shard.lease is None:
+                return
+            settled = shard.absorb(news)
+            shard.elsewhere = frozenset(
+                row
+                for worker, flight in news.flights.items()
+                if worker in at_work
+                for row in flight.running
+            )
+            for row in settled:
+                shard.inputs.pop(row, None)
+                self._row_settled(shard, row)
+            begun = {key.row for key in shard.partials}
+            for row in shard.elsewhere - begun - shard.aside.keys():
+                if row in self.in_engine:
+                    # It waits in our engine, while the other one's has begun it.
+                    shard.aside[row] = self.in_engine[row][0]
+                    self._drop([row])
+            self._take_back(shard)
+            self.changed.notify_all()
+
+    def _take_back(self, shard: OpenShard) -> None:
+        """Queue what is set aside for no reason any more."""
+        reasons = (shard.elsewhere, self.in_engine, self.dropping)
+        back = [row for row in shard.aside if not any(row in reason for reason in reasons)]
+        self._put_back([shard.aside.pop(row) for row in back])
+
+    def _drop(self, rows: Iterable[int]) -> None:
+        """Have the engine forget rows; until it says that it has, they are not given to it again."""
+        new = [row for row in rows if row not in self.dropping]
+        self.to_drop += new
+        self.dropping.update(new)
 
     # -- the engine's side (the condition is held by the caller) ----------------------------------
 
@@ -187,7 +230,8 @@ class Workbench:
         return bool(self.queue) and not (self.suspects.active and self.in_engine)
 
     def take_requests(self, room: int) -> list[Request]:
-        """Up to ``room`` requests of shards that are still ours, marked as being in the engine."""
+        """Up to ``room`` requests of shards that are still ours, marked as being in the engine: each for
+        what is missing of its row by now, to continue from what is known."""
         if room and self.suspects.active:
             room = min(room, self._suspects_first(room))
         taken: list[Request] = []
@@ -195,8 +239,15 @@ class Workbench:
             request = self.queue.popleft()
             self._queue_bytes -= _size(request)
             shard = self._shard_of(request.index)
-            if shard is not None:
-                self.in_engine[request.index] = (request, shard)
+            if shard is None or not (missing := shard.missing(request.index)):
+                continue
+            row = request.index
+            if row in shard.elsewhere or row in self.in_engine or row in self.dropping:
+                shard.aside[request.index] = request
+            else:
+                request = _still_to_do(request, shard, missing)
+                self.in_engine[row] = (request, shard)
+                self._outstanding[row] = set(missing)
                 for sample in request.resume:
                     key = SampleKey(request.index, sample)
                     shard.sent[key] = shard.partials[key]
@@ -223,34 +274,47 @@ class Workbench:
             entry = self.in_engine.get(item.index)
             if entry is None:
                 continue
-            request, shard = entry
+            row, shard = item.index, entry[1]
+            missing = shard.missing(row)
             if isinstance(item, Rejection):
-                del self.in_engine[item.index]
-                values = input_as_json(shard.inputs.pop(item.index))
-                shard.fail(Failure(item.index, item.code, item.message, 1, values))
-                self.suspects.forget(item.index.__eq__)
+                del self.in_engine[row], self._outstanding[row]
+                if missing:
+                    values = input_as_json(shard.inputs.pop(row))
+                    shard.fail(Failure(row, item.code, item.message, 1, values))
+                    self._row_settled(shard, row)
                 continue
             own = shard.finish(item, self._worker, self._usd_per_hour)
             self._engine_kept += own
-            if shard.lease is None:
+            if shard.lease is None or item.sample_index not in missing:
+                # Somebody else's now, or finished elsewhere before: what it cost here helps nobody.
                 self.ledger.lose(own)
+            self._outstanding[row].discard(item.sample_index)
+            if not self._outstanding[row]:
+                del self.in_engine[row], self._outstanding[row]
             self.completion_tokens += len(item.token_ids)
-            if all(
-                SampleKey(item.index, sample) in shard.samples for sample in self._wanted(request, shard)
-            ):
-                del self.in_engine[item.index]
-                shard.inputs.pop(item.index)
-                self.suspects.forget(item.index.__eq__)
+            if missing and not shard.missing(row):
+                shard.inputs.pop(row)
+                self._row_settled(shard, row)
                 self.rows_done += 1
                 self.prompt_tokens += item.prompt_tokens
                 self.cached_tokens += item.cached_tokens
         self.changed.notify_all()
 
+    def _row_settled(self, shard: OpenShard, row: int) -> None:
+        shard.aside.pop(row, None)
+        self.suspects.forget(row.__eq__)
+        if row in self.in_engine:
+            self._drop([row])
+
     def accept_dropped(self, message: Dropped) -> None:
-        """The engine has forgotten rows of lost shards, which from now on may be claimed again."""
+        """The engine has forgotten rows, which from now on may be given to it again."""
         self.report(message.spent)
+        self.dropping.difference_update(message.rows)
         for row in message.rows:
             self.in_engine.pop(row, None)
+            self._outstanding.pop(row, None)
+        for shard in self.open.values():
+            self._take_back(shard)
         self.changed.notify_all()
 
     def accept_inflight(self, message: Inflight) -> None:
@@ -259,7 +323,7 @@ class Workbench:
         self.snapshot = "none"
         for key, decoded in message.samples:
             entry = self.in_engine.get(key.row)
-            if entry is not None and decoded.token_ids:
+            if entry is not None and decoded.token_ids and key.sample in entry[1].missing(key.row):
                 shard = entry[1]
                 base = shard.sent.get(key, NOTHING)
                 charges = charges_after(
@@ -284,34 +348,30 @@ class Workbench:
         self.engine_ready = False
         self.snapshot = "none"
         self.to_drop.clear()
+        self.dropping.clear()
         if death is not None and self.in_engine:
             self._blame(death)
         back = []
         for row, (request, shard) in self.in_engine.items():
             missing = shard.missing(row)
-            if shard.lease is None or not missing:
-                continue
-            keys = [(sample, SampleKey(row, sample)) for sample in missing]
-            resume = {sample: shard.partials[key].decoded for sample, key in keys if key in shard.partials}
-            back.append(
-                Request(
-                    row,
-                    request.prompt,
-                    request.sampling,
-                    resume,
-                    None if len(missing) == shard.n else missing,
-                )
-            )
+            if shard.lease is not None and missing and row not in shard.aside:
+                back.append(_still_to_do(request, shard, missing))
         for shard in self.open.values():
             shard.sent.clear()
         self.in_engine.clear()
-        self.queue.extendleft(reversed(back))
-        self._queue_bytes += sum(map(_size, back))
+        self._outstanding.clear()
+        for shard in self.open.values():
+            self._take_back(shard)
+        self._put_back(back)
         self.changed.notify_all()
 
     def _blame(self, death: EngineDeath) -> None:
         """Suspect the rows of which an engine died, and condemn one that can't be tried again."""
-        rows = [row for row, (_, shard) in self.in_engine.items() if shard.lease is not None]
+        rows = [
+            row
+            for row, (_, shard) in self.in_engine.items()
+            if shard.lease is not None and shard.missing(row)
+        ]
         condemned = self.suspects.died(rows, alone=len(self.in_engine) == 1)
         if condemned is not None:
             shard = self.in_engine[condemned][1]
@@ -346,7 +406,7 @@ class Workbench:
                 del self.open[shard.name]
                 self.queue = deque(request for request in self.queue if not shard.has_row(request.index))
                 self._queue_bytes = sum(map(_size, self.queue))
-                self.to_drop += [row for row in self.in_engine if shard.has_row(row)]
+                self._drop(row for row in self.in_engine if shard.has_row(row))
                 self.suspects.forget(shard.has_row)
                 self.changed.notify_all()
 
@@ -370,6 +430,10 @@ class Workbench:
             self.suspects.check()
             self.ledger.check(self._clock.now_ns())
 
+    def _put_back(self, requests: list[Request]) -> None:
+        self.queue.extendleft(reversed(requests))
+        self._queue_bytes += sum(map(_size, requests))
+
     def _queue_has_room(self) -> bool:
         return len(self.queue) < self._read_ahead and self._queue_bytes < QUEUE_BYTES
 
@@ -379,9 +443,13 @@ class Workbench:
                 return shard
         return None
 
-    @staticmethod
-    def _wanted(request: Request, shard: OpenShard) -> Iterable[int]:
-        return range(shard.n) if request.samples is None else request.samples
+
+def _still_to_do(request: Request, shard: OpenShard, missing: tuple[int, ...]) -> Request:
+    """A request for the samples of a row that are missing, from what is known of them."""
+    keys = [(sample, SampleKey(request.index, sample)) for sample in missing]
+    resume = {sample: shard.partials[key].decoded for sample, key in keys if key in shard.partials}
+    samples = None if len(missing) == shard.n else missing
+    return Request(request.index, request.prompt, request.sampling, resume, samples)
 
 
 def _size(request: Request) -> int:

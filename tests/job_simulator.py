@@ -331,7 +331,7 @@ def from_seed(seed: int) -> Simulation:
         faults,
         workers=chance.randint(1, 4),
         shards=chance.randint(1, 5),
-        rows=chance.choice([1, 4, 9]),
+        rows=chance.choice([1, 4, 4, 9, 9, 25]),
         n=chance.choice([1, 1, 2]),
         drains=3 if "get progress" in call or "inflight" in call else chance.choice([0, 0, 1, 3]),
         cancels=1 if "get control" in call else chance.choice([0, 0, 0, 1]),

@@ -12,7 +12,7 @@ from batchinfer.jobs.claims import Claims
 from batchinfer.jobs.folder import JobFolder, ShardName
 from batchinfer.jobs.progress import ProgressWriter, delete_progress, read_progress
 from batchinfer.jobs.records import Failure
-from batchinfer.jobs.samples import Charge, Finished, Partial, SampleKey
+from batchinfer.jobs.samples import Charge, Finished, Flight, Partial, SampleKey
 
 
 class TimedStore:
@@ -213,9 +213,9 @@ def partial(tokens: int) -> Partial:
 def test_progress_is_the_union_over_workers_and_generations(store: TimedStore) -> None:
     folder, shard = JobFolder(store), NAMES[0]
     a, b = ProgressWriter(folder, shard, "a"), ProgressWriter(folder, shard, "b")
-    a.write([done(1)], [], {SampleKey(2, 0): partial(2), SampleKey(3, 0): partial(1)})
-    b.write([done(4)], [Failure(5, "too_long", "it is")], {SampleKey(2, 0): partial(6)})
-    a.write([done(3)], [], {SampleKey(2, 0): partial(4)})
+    a.write([done(1)], [], Flight({SampleKey(2, 0): partial(2), SampleKey(3, 0): partial(1)}))
+    b.write([done(4)], [Failure(5, "too_long", "it is")], Flight({SampleKey(2, 0): partial(6)}))
+    a.write([done(3)], [], Flight({SampleKey(2, 0): partial(4)}))
     found = read_progress(folder, shard)
     assert found is not None
     assert set(found.samples) == {SampleKey(1, 0), SampleKey(3, 0), SampleKey(4, 0)}
@@ -228,16 +228,16 @@ def test_progress_is_the_union_over_workers_and_generations(store: TimedStore) -
 
 def test_a_worker_that_comes_back_never_rewrites_its_progress(store: TimedStore) -> None:
     folder, shard = JobFolder(store), NAMES[0]
-    ProgressWriter(folder, shard, "a").write([done(1)], [], {})
-    ProgressWriter(folder, shard, "a").write([done(2)], [], {})
+    ProgressWriter(folder, shard, "a").write([done(1)], [], Flight({}))
+    ProgressWriter(folder, shard, "a").write([done(2)], [], Flight({}))
     found = read_progress(folder, shard)
     assert found is not None and set(found.samples) == {SampleKey(1, 0), SampleKey(2, 0)}
 
 
 def test_the_first_copy_of_a_row_counts(store: TimedStore) -> None:
     folder, shard = JobFolder(store), NAMES[0]
-    ProgressWriter(folder, shard, "a").write([done(1, text="same")], [], {})
-    ProgressWriter(folder, shard, "b").write([done(1, text="same")], [], {})
+    ProgressWriter(folder, shard, "a").write([done(1, text="same")], [], Flight({}))
+    ProgressWriter(folder, shard, "b").write([done(1, text="same")], [], Flight({}))
     found = read_progress(folder, shard)
     assert found is not None and list(found.samples) == [SampleKey(1, 0)]
 
@@ -245,7 +245,7 @@ def test_the_first_copy_of_a_row_counts(store: TimedStore) -> None:
 def test_progress_deleted_under_a_reader_means_look_for_the_part(store: TimedStore) -> None:
     folder, shard = JobFolder(store), NAMES[0]
     writer = ProgressWriter(folder, shard, "a")
-    writer.write([done(1)], [], {SampleKey(2, 0): partial(2)})
+    writer.write([done(1)], [], Flight({SampleKey(2, 0): partial(2)}))
     get = store.get
 
     def get_after_commit(key: str) -> bytes:
@@ -260,13 +260,13 @@ def test_progress_deleted_under_a_reader_means_look_for_the_part(store: TimedSto
 def test_an_object_replaced_under_a_reader_is_read_anew(store: TimedStore) -> None:
     folder, shard = JobFolder(store), NAMES[0]
     writer = ProgressWriter(folder, shard, "a")
-    writer.write([], [], {SampleKey(2, 0): partial(2)})
+    writer.write([], [], Flight({SampleKey(2, 0): partial(2)}))
     get, times = store.get, [1]
 
     def get_after_flush(key: str) -> bytes:
         if times:
             times.clear()
-            writer.write([], [], {SampleKey(2, 0): partial(5)})
+            writer.write([], [], Flight({SampleKey(2, 0): partial(5)}))
         return get(key)
 
     store.get = get_after_flush  # type: ignore[method-assign]

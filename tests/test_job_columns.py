@@ -14,6 +14,7 @@ from batchinfer.jobs.samples import (
     NOTHING,
     Charge,
     Finished,
+    Flight,
     Partial,
     SampleKey,
     charges_after,
@@ -85,7 +86,8 @@ def test_finished_samples_and_failures_survive_storage(
 )
 def test_samples_in_flight_survive_storage(partials: dict[SampleKey, Partial]) -> None:
     suspicion = Suspicion(((4, 5), (6,)), {6: 2})
-    assert inflight_from_bytes(inflight_to_bytes(partials, suspicion)) == (partials, suspicion)
+    flight = Flight(partials, frozenset({4, 7}), suspicion)
+    assert inflight_from_bytes(inflight_to_bytes(flight)) == flight
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), counts, st.lists(counts, max_size=3)), max_size=5))
