@@ -21,6 +21,7 @@ from batchinfer.jobs.cost import settle
 from batchinfer.jobs.folder import JobFolder, new_nonce
 from batchinfer.jobs.records import JobRecord, WorkerRecord
 from batchinfer.jobs.spec import JobSpec, parse_spec
+from batchinfer.jobs.spec_source import located
 from batchinfer.jobs.types import Shard
 
 
@@ -90,6 +91,7 @@ def submit_fake_job(
     parsed = parse_spec({**fields, **spec})
     scan = scan_input(discover(parsed.input.uri), None, shard_rows)
     shards = [Shard(index, (split,), 1) for index, split in enumerate(scan.splits(shard_rows))]
+    parsed = located(parsed)
     folder = JobFolder(open_store(uri))
     record = JobRecord(
         spec=parsed.model_dump(mode="json"),

@@ -6,15 +6,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import slurm_cluster
 from fake_jobs import FakeJob, submit_fake_job
 from slurm_cluster import Cluster
 
+import batchinfer.jobs.job
 from batchinfer.jobs.backends import slurm
-from batchinfer.jobs.backends.request import Active, Request, make_request
+from batchinfer.jobs.backends.local import start_workers
+from batchinfer.jobs.backends.request import Active, Place, Request, make_request
+from batchinfer.jobs.job import Job
+from batchinfer.jobs.placement import place_workers
 from batchinfer.jobs.spec import parse_spec
 
 ARRAY_SIZE = 3
@@ -143,12 +149,14 @@ def on_cluster(running_cluster: Cluster, tmp_path: Path, monkeypatch: pytest.Mon
     return running_cluster
 
 
-def place(job: FakeJob, count: int) -> tuple[Request, list[str]]:
-    spec = job.spec.model_copy(
-        update={"workers": job.spec.workers.model_copy(update={"backend": "slurm", "gpus": 0, "cpus": 1.0})}
-    )
-    wanted = make_request(spec, job.uri, count)
-    return wanted, list(slurm.submit(wanted))
+def slurm_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, **sizes: Any) -> FakeJob:
+    asked = {"backend": "slurm", "count": workers, "gpus": 0, "cpus": 1.0}
+    return submit_fake_job(f"file://{tmp_path}/out", tmp_path, monkeypatch, workers=asked, **sizes)
+
+
+def place(job: FakeJob) -> tuple[Place, tuple[str, ...]]:
+    placed = place_workers(job.spec, job.uri)
+    return Place(job.uri, job.spec.workers.options), placed.ids
 
 
 def start_now(cluster: Cluster, task: str) -> None:
@@ -158,19 +166,82 @@ def start_now(cluster: Cluster, task: str) -> None:
 
 
 @pytest.mark.slow
+def test_workers_of_slurm_and_of_this_machine_share_a_job(
+    on_cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = slurm_job(tmp_path, monkeypatch, 2, rows=120, step=0.1)
+    where, _ = place(job)
+    assert place_workers(job.spec, job.uri).ids == (), "they are there already"
+    with start_workers(job.uri, 1, 0, {}, attached=True, cpus=1.0) as here:
+        until(lambda: len(job.workers()) == 3, "three workers")
+        until(lambda: not here.running() and slurm.active(where).total == 0, "the end")
+    assert [process.returncode for process in here.processes] == [0]
+    job.check_complete()
+    authors = {job.folder.read_footer(shard).worker for shard in job.folder.committed()}
+    on_this_machine = {record.worker for record in job.workers() if record.pid == here.processes[0].pid}
+    assert authors & on_this_machine and authors - on_this_machine
+    assert max(job.decoded().values()) == 1, "nobody did another's work again"
+
+
+@pytest.mark.slow
+def test_a_cancelled_job_leaves_slurm_and_goes_on_later(
+    on_cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = slurm_job(tmp_path, monkeypatch, 2, rows=40, step=0.5)
+    where, [array] = place(job)
+    until(lambda: len(job.running()) == 2, "two workers")
+    seen = Job(job.uri)
+    [report] = seen.services()
+    assert (report.backend, report.active) == ("slurm", Active(0, 2))
+    assert seen.cancel() == []
+    until(lambda: slurm.active(where).total == 0, "the workers to leave")
+    assert {on_cluster.details(f"{array}_{index}")["Restarts"] for index in (0, 1)} == {"0"}
+    assert {record.state for record in job.workers()} == {"left"}
+    assert seen.status().state == "cancelled"
+
+    job.folder.append_control(lambda control: replace(control, state="run"))
+    place(job)
+    until(lambda: slurm.active(where).total == 0, "the end")
+    job.check_complete()
+
+
+@pytest.mark.slow
+def test_a_wrong_job_is_not_requeued_and_one_that_waits_is_not_stalled(
+    on_cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = slurm_job(tmp_path, monkeypatch, 1, rows=4)
+    [array] = slurm.submit(make_request(job.spec, str(tmp_path / "nothing"), 1))
+    until(lambda: on_cluster.details(f"{array}_0")["JobState"] == "FAILED", "its end")
+    details = on_cluster.details(f"{array}_0")
+    assert (details["ExitCode"], details["Restarts"]) == ("78:0", "0")
+    assert "there is no job at" in next(tmp_path.glob(f"*{array}_0.log")).read_text()
+
+    seen = Job(job.uri)
+    monkeypatch.setattr(batchinfer.jobs.job, "ASK_SECONDS", 0.0)
+    assert seen.status().state == "stalled"
+    on_cluster.run("scontrol", "update", "PartitionName=batch", "State=DOWN")
+    try:
+        where, _ = place(job)
+        assert slurm.active(where) == Active(1, 0)
+        assert seen.status().state == "starting"
+    finally:
+        on_cluster.run("scontrol", "update", "PartitionName=batch", "State=UP")
+    assert seen.wait().state == "done"
+    until(lambda: slurm.active(where).total == 0, "the end")
+
+
+@pytest.mark.slow
 @pytest.mark.chaos
 def test_a_job_goes_through_requeues_signals_and_the_loss_of_a_node(
     on_cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = submit_fake_job(
-        str(tmp_path / "out"), tmp_path, monkeypatch, rows=260, shard_rows=4, step=0.25, tokens=12
-    )
-    wanted, arrays = place(job, 4)
+    job = slurm_job(tmp_path, monkeypatch, 4, rows=260, shard_rows=4, step=0.25, tokens=12)
+    where, arrays = place(job)
     assert len(arrays) == 2, "four workers are more than MaxArraySize"
     tasks = [f"{arrays[0]}_0", f"{arrays[0]}_1", f"{arrays[0]}_2", f"{arrays[1]}_0"]
     until(lambda: len(job.running()) == 4, "four workers")
     assert sorted(record.index or 0 for record in job.running()) == [0, 1, 2, 3]
-    assert slurm.active(wanted.place) == Active(0, 4)
+    assert slurm.active(where) == Active(0, 4)
     nodes = {task: on_cluster.details(task)["NodeList"] for task in tasks}
     assert sorted(nodes.values()) == ["n1", "n1", "n2", "n2"]
     staying = [task for task in tasks if nodes[task] == "n1"]
@@ -193,6 +264,6 @@ def test_a_job_goes_through_requeues_signals_and_the_loss_of_a_node(
     for task in lost:
         until(lambda task=task: on_cluster.details(task)["Restarts"] == "1", f"{task} to leave its node")
         start_now(on_cluster, task)
-    until(lambda: slurm.active(wanted.place).total == 0, "the end")
+    until(lambda: slurm.active(where).total == 0, "the end")
     assert {on_cluster.details(task)["JobState"] for task in tasks} == {"COMPLETED"}
     job.check_complete()
