@@ -102,6 +102,8 @@ def _options_without_credentials(value: Any) -> Any:
                         field=f"{backend}.secrets.{name}",
                     )
             options = {key: inner for key, inner in options.items() if key != "secrets"}
+        if isinstance(options, Mapping):  # what tolerations call a key is the name of a taint
+            options = {key: inner for key, inner in options.items() if key != "tolerations"}
         _refuse_credentials(options, (str(backend),))
     return value
 

@@ -149,10 +149,10 @@ def _container(request: Request) -> dict[str, Any]:
     container: dict[str, Any] = {
         "name": CONTAINER,
         "image": request.image("Kubernetes"),
-        # Kubernetes expands $(NAME) in a command; $$ stands for a dollar sign of ours.
-        "command": [word.replace("$(", "$$(") for word in request.command],
+        # Kubernetes expands $(NAME); $$ stands for a dollar sign of ours.
+        "command": [word.replace("$", "$$") for word in request.command],
         "env": [
-            {"name": name, "value": value.replace("$(", "$$(")}
+            {"name": name, "value": value.replace("$", "$$")}
             for name, value in sorted(request.environment(options.env).items())
         ],
         "envFrom": [{"secretRef": {"name": name}} for name in options.secrets],
