@@ -93,16 +93,14 @@ def parse_line(line: bytes) -> BatchLine:
         raise BadRequest("custom_id must be a string, by which the answer is found again")
     method, url = value.get("method"), value.get("url")
     if method not in (None, "POST"):
-        raise BadRequest(f"method is {_short(method)}, but it must be POST")
+        raise BadRequest(f"method is {shortened(method)}, but it must be POST")
     if not isinstance(url, str) or url not in _URLS:
-        raise BadRequest(f"url is {_short(url)}, but only {CHAT} and {COMPLETIONS} are served")
+        raise BadRequest(f"url is {shortened(url)}, but only {CHAT} and {COMPLETIONS} are served")
     if type(body) is not dict:
-        raise BadRequest(f"body is {_short(body)}, but it must be an object")
+        raise BadRequest(f"body is {shortened(body)}, but it must be an object")
     text = json.dumps(body, ensure_ascii=False)
-    try:
-        (text + custom_id).encode()
-    except UnicodeEncodeError:
-        raise BadRequest("the line holds text that is not valid Unicode") from None
+    if not _is_unicode(text):
+        raise BadRequest("body holds text that is not valid Unicode")
     n = body.get("n")
     n = 1 if n is None else whole_number("n", n, 1, MOST_SAMPLES)
     kind = _URLS[url]
@@ -115,7 +113,7 @@ def custom_id_of(value: Any) -> str | None:
     found = value.get("custom_id") if isinstance(value, dict) else None
     if type(found) is int:
         return str(found)
-    return found if isinstance(found, str) else None
+    return found if isinstance(found, str) and _is_unicode(found) else None
 
 
 def prompts_of(body: dict[str, Any]) -> list[str | tuple[int, ...]]:
@@ -125,7 +123,7 @@ def prompts_of(body: dict[str, Any]) -> list[str | tuple[int, ...]]:
         return [prompt]
     if not isinstance(prompt, list) or not prompt:
         raise BadRequest(
-            f"prompt is {_short(prompt)}, but it must be a text, token ids, or a list of either"
+            f"prompt is {shortened(prompt)}, but it must be a text, token ids, or a list of either"
         )
     if _are_tokens(prompt):
         return [tuple(prompt)]
@@ -138,14 +136,16 @@ def prompts_of(body: dict[str, Any]) -> list[str | tuple[int, ...]]:
         elif isinstance(item, list) and item and _are_tokens(item):
             found.append(tuple(item))
         else:
-            raise BadRequest(f"prompt[{number}] is {_short(item)}, but it must be a text or token ids")
+            raise BadRequest(f"prompt[{number}] is {shortened(item)}, but it must be a text or token ids")
     return found
 
 
 def whole_number(name: str, value: Any, least: int, most: int) -> int:
     """``value``, if it is a whole number in this range; raises BadRequest naming the field otherwise."""
     if type(value) is not int or not least <= value <= most:
-        raise BadRequest(f"{name} is {_short(value)}, but it must be a whole number from {least} to {most}")
+        raise BadRequest(
+            f"{name} is {shortened(value)}, but it must be a whole number from {least} to {most}"
+        )
     return value
 
 
@@ -157,17 +157,26 @@ def _logprobs(url: str, body: dict[str, Any]) -> int | None:
     wanted, top = body.get("logprobs"), body.get("top_logprobs")
     if url == COMPLETIONS:
         return None if wanted is None else whole_number("logprobs", wanted, 0, 20)
-    if wanted not in (None, True, False):
-        raise BadRequest(f"logprobs is {_short(wanted)}, but it must be true or false")
+    if wanted is not None and not isinstance(wanted, bool):
+        raise BadRequest(f"logprobs is {shortened(wanted)}, but it must be true or false")
     if not wanted:
         if top:
-            raise BadRequest(f"top_logprobs is {_short(top)}, which needs logprobs to be true")
+            raise BadRequest(f"top_logprobs is {shortened(top)}, which needs logprobs to be true")
         return None
     return 0 if top is None else whole_number("top_logprobs", top, 0, 20)
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shortened(value: Any) -> str:
+    """A JSON value for people."""
+    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace").decode()
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from batchinfer.connectors.openai import CHAT, BadRequest, prompts_of, whole_number
+from batchinfer.connectors.openai import CHAT, BadRequest, prompts_of, shortened, whole_number
 from batchinfer.engine.types import Message, SamplingParams
 from batchinfer.jobs.types import RowError
 
@@ -87,7 +87,7 @@ def _refuse(body: Mapping[str, Any]) -> None:
     for name, nothing in _REFUSED.items():
         same_as_n = name == "best_of" and body.get(name) == body.get("n")
         if name in body and body[name] not in nothing and not same_as_n:
-            raise BadRequest(f"{name} is {_short(body[name])}, which is not supported: leave it out")
+            raise BadRequest(f"{name} is {shortened(body[name])}, which is not supported: leave it out")
 
 
 def _sampling(body: Mapping[str, Any], values: Mapping[str, Any], tokens: bool) -> SamplingParams:
@@ -114,7 +114,7 @@ def _sampling(body: Mapping[str, Any], values: Mapping[str, Any], tokens: bool) 
     for name, field in _FLAGS.items():
         if name in body:
             if not isinstance(body[name], bool):
-                raise BadRequest(f"{name} is {_short(body[name])}, but it must be true or false")
+                raise BadRequest(f"{name} is {shortened(body[name])}, but it must be true or false")
             fields[field] = body[name]
     if "stop" in body:
         stop = body["stop"]
@@ -131,12 +131,12 @@ def _sampling(body: Mapping[str, Any], values: Mapping[str, Any], tokens: bool) 
 
 def _messages(value: Any) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
-        raise BadRequest(f"messages is {_short(value)}, but it must be a list of messages")
+        raise BadRequest(f"messages is {shortened(value)}, but it must be a list of messages")
     messages = []
     for number, message in enumerate(value):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise BadRequest(
-                f"messages[{number}] is {_short(message)}, but it must have a role and a content"
+                f"messages[{number}] is {shortened(message)}, but it must have a role and a content"
             )
         plain = {name: inner for name, inner in message.items() if inner is not None}
         if plain["role"] == "developer":
@@ -154,7 +154,7 @@ def _content(number: int, message: Mapping[str, Any]) -> str:
         return ""
     if not isinstance(content, list):
         raise BadRequest(
-            f"messages[{number}].content is {_short(content)}, but it must be a text or text parts"
+            f"messages[{number}].content is {shortened(content)}, but it must be a text or text parts"
         )
     texts = []
     for part in content:
@@ -162,7 +162,7 @@ def _content(number: int, message: Mapping[str, Any]) -> str:
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, dict) else part
             raise BadRequest(
-                f"messages[{number}].content holds a part of type {_short(kind)}, but only text is read"
+                f"messages[{number}].content holds a part of type {shortened(kind)}, but only text is read"
             )
         texts.append(text)
     return "\n".join(texts)
@@ -170,7 +170,7 @@ def _content(number: int, message: Mapping[str, Any]) -> str:
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadRequest(f"{name} is {_short(value)}, but it must be a number")
+        raise BadRequest(f"{name} is {shortened(value)}, but it must be a number")
     return float(value)
 
 
@@ -180,21 +180,16 @@ def _whole(name: str, value: Any, least: int) -> int:
 
 def _list(name: str, value: Any, kind: type, rule: str) -> tuple[Any, ...]:
     if not isinstance(value, list) or not all(type(item) is kind for item in value):
-        raise BadRequest(f"{name} is {_short(value)}, but it must be a list of {rule}")
+        raise BadRequest(f"{name} is {shortened(value)}, but it must be a list of {rule}")
     return tuple(value)
 
 
 def _logit_bias(value: Any) -> dict[int, float]:
     if not isinstance(value, dict):
-        raise BadRequest(f"logit_bias is {_short(value)}, but it must map token ids to numbers")
+        raise BadRequest(f"logit_bias is {shortened(value)}, but it must map token ids to numbers")
     biases = {}
     for token, bias in value.items():
         if not token.isdecimal():
-            raise BadRequest(f"logit_bias names {_short(token)}, but its keys must be token ids")
+            raise BadRequest(f"logit_bias names {shortened(token)}, but its keys must be token ids")
         biases[int(token)] = _number(f"logit_bias of {token}", bias)
     return biases
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
