@@ -138,17 +138,30 @@ def _sample(
 
 
 def _rates(spec: JobSpec) -> Rates:
-    """Round figures that a worker reaches without tuning; what it really does shows once it runs."""
+    """Round figures that a worker reaches without tuning; what it really does shows once it runs.
+
+    Local workers have this machine; of machines elsewhere nothing is known but whether they have GPUs.
+    The same job on the same machine gets the same figures, as they also decide how it is cut into shards.
+    """
     import torch
 
-    if spec.workers.gpus and torch.cuda.is_available():
+    from batchinfer.kernels.cpu.build import cpu_flags, levels
+
+    local = spec.workers.backend == "local"
+    if spec.workers.gpus and (not local or torch.cuda.is_available()):
         return Rates(3e14, 2.5e12, 256, "300 TFLOP/s and 2.5 TB/s a worker, 256 rows together")
-    cores = spec.workers.cpus or max(1.0, (os.cpu_count() or 1) / spec.workers.count)
+    able = levels(cpu_flags()) if local else ()
+    core = 25e9
+    if "avx512_bf16" in able and spec.model.dtype == "bf16":
+        core = 200e9
+    elif "avx512" in able:
+        core = 60e9
+    cores = spec.workers.cpus or max(1, (os.cpu_count() or 1) // (spec.workers.count if local else 1))
     return Rates(
-        2.5e10 * cores,
+        core * cores,
         1e10,
-        32,
-        f"25 GFLOP/s on each of {cores:g} cores and 10 GB/s a worker, 32 rows together",
+        64,
+        f"{core / 1e9:.0f} GFLOP/s on each of {cores:g} cores and 10 GB/s a worker, 64 rows together",
     )
 
 
