@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from heapq import merge
 from itertools import groupby
 from typing import Any
 
-import pyarrow as pa
-
 from batchinfer.connectors.openai import CHAT, LOGPROBS, custom_id_of
+from batchinfer.connectors.storage import open_store
+from batchinfer.jobs.folder import JobFolder
 from batchinfer.jobs.inspection import token_decoder
 from batchinfer.jobs.job import Job
+from batchinfer.jobs.retry import failures_in_order
 from batchinfer.jobs.spec import parse_spec
 from batchinfer.jobs.types import JobError
 
@@ -79,7 +80,8 @@ def answer_lines(job: Job) -> Iterator[AnswerLine]:
     )
     created = int(datetime.fromisoformat(record.created).timestamp())
     author = _Author(created, spec.model.source, record.fingerprint, token_bytes, ends)
-    rows = merge(_answers(job), _failures(job), key=lambda row: row[0])
+    folder = JobFolder(open_store(job.uri, spec.storage_options()))
+    rows = merge(_answers(job), _failures(folder), key=lambda row: row[0])
     for _, found in groupby((choice for _, choice in rows), key=lambda choice: choice.line):
         choices = list(found)
         failed = next((choice for choice in choices if choice.error is not None), None)
@@ -98,20 +100,17 @@ def _answers(job: Job) -> Iterator[tuple[int, _Choice]]:
             yield index, _Choice(index - values["choice_index"], values)
 
 
-def _failures(job: Job) -> Iterator[tuple[int, _Choice]]:
+def _failures(folder: JobFolder) -> Iterator[tuple[int, _Choice]]:
     """The failed rows; one that was not a request carries its line as it was."""
-    for index, code, message, text in _rows(job.failures(), "row_index", "code", "message", "input"):
+    for failure in failures_in_order(folder):
         try:
-            values = json.loads(text)
-        except (ValueError, TypeError):
+            values = json.loads(failure.input or "")
+        except ValueError:
             values = {}
         if not isinstance(values, dict) or not isinstance(values.get("body"), str):
             values = {"custom_id": custom_id_of(values), "choice_index": 0}
-        yield index, _Choice(index - values["choice_index"], values, (code, message))
-
-
-def _rows(table: pa.Table, *names: str) -> Iterable[tuple[Any, ...]]:
-    return zip(*(table.column(name).to_pylist() for name in names), strict=True)
+        index = failure.row_index
+        yield index, _Choice(index - values["choice_index"], values, (failure.code, failure.message))
 
 
 def _line(choices: list[_Choice], failed: _Choice | None, author: _Author) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from batchinfer.jobs.folder import JobFolder, ShardName, new_nonce
@@ -96,6 +96,19 @@ def current_failures(folder: JobFolder) -> dict[int, tuple[ShardName, Failure]]:
                     current.pop(row.row_index, None)
             current.update({failure.row_index: (shard, failure) for failure in failed})
     return dict(sorted(current.items()))
+
+
+def failures_in_order(folder: JobFolder) -> Iterator[Failure]:
+    """The failures of :func:`current_failures`, those of one part in memory at a time, or of the whole job
+    where it has retry rounds."""
+    parts = sorted(folder.committed())
+    if any(shard.round for shard in parts):
+        yield from (failure for _, failure in current_failures(folder).values())
+        return
+    for shard in parts:
+        nonce = folder.read_footer(shard).failures
+        if nonce is not None:
+            yield from folder.read_failures(shard, nonce)
 
 
 def begin_round(
