@@ -12,6 +12,7 @@ from batchinfer.connectors.batches import RowBatch
 from batchinfer.connectors.types import BadRow, Split
 from batchinfer.engine.types import Request, SamplingParams
 from batchinfer.jobs.claims import Claims, Lease
+from batchinfer.jobs.failure_limit import NO_LIMIT, FailureLimit
 from batchinfer.jobs.folder import JobFolder, ShardName
 from batchinfer.jobs.open_shard import OpenShard
 from batchinfer.jobs.progress import Progress, ProgressReader, ProgressWriter, read_progress
@@ -30,7 +31,7 @@ class Work:
     ``schema`` is that of the parts, ``passed`` the input's columns in it. ``read`` gives all rows of a
     split with the columns that are passed and prompted; ``render`` raises RowError. ``next_round`` gives
     the shards of a retry round, by its number; none where it was not begun. ``row_sampling`` is how a row
-    is sampled that says so itself; its ``n`` is the job's.
+    is sampled that says so itself; its ``n`` is the job's. ``limit`` is how many rows may fail.
     """
 
     shards: Mapping[ShardName, Shard]
@@ -41,6 +42,7 @@ class Work:
     render: Callable[[Mapping[str, Any]], Any]
     next_round: Callable[[int], Mapping[ShardName, Shard]]
     row_sampling: Callable[[Mapping[str, Any]], SamplingParams] | None = None
+    limit: FailureLimit = NO_LIMIT
 
 
 def helping_pays(rows: int, progress: Progress, n: int) -> bool:

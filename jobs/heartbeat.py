@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from batchinfer.jobs.claims import RENEWALS_PER_LEASE, Claims
 from batchinfer.jobs.clock import Clock
+from batchinfer.jobs.failure_limit import JobStopped
 from batchinfer.jobs.folder import JobFolder
 from batchinfer.jobs.records import WorkerRecord, WorkerState
 from batchinfer.jobs.workbench import Workbench
@@ -112,8 +113,11 @@ class Renewer:
                         logger.warning("shard %s was taken over by another worker", shard.name.label)
                         self._bench.lose(shard)
             self._heartbeat.beat()
-            if self._folder.read_control().state == "cancel":
+            control = self._folder.read_control()
+            if control.state == "cancel":
                 self._bench.request_stop("cancel")
+            elif control.state == "stop":
+                self._bench.request_stop("error", JobStopped(control.message))
 
     def _wait(self) -> bool:
         with self._bench.changed:

@@ -9,8 +9,8 @@ from batchinfer.connectors.types import InputFile
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.types import JobError
 
-# Parts of a spec that may differ between submits of one job; budget and price go to its control.
-CHANGEABLE = frozenset({"workers", "price", "budget"})
+# Parts of a spec that may differ between submits of one job; what they change goes to its control.
+CHANGEABLE = frozenset({"workers", "price", "budget", "failures"})
 
 
 def check_same_job(uri: str, stored: JobSpec, asked: JobSpec) -> None:

@@ -113,15 +113,17 @@ class OpenShard:
         self.settled += self._counts[key.row] == self.n
         return own
 
-    def fail(self, failure: Failure) -> None:
-        """Take a row that can't be answered; it counts once, whatever was answered of it."""
+    def fail(self, failure: Failure) -> bool:
+        """Take a row that can't be answered; it counts once, whatever was answered of it: False where it
+        was settled before."""
         row = failure.row_index
         if row in self.failures or self._counts.get(row) == self.n:
-            return
+            return False
         failure = replace(failure, attempts=failure.attempts + self.shard.attempts_before(row))
         self.unpublished_failures.append(failure)
         self.unpublished_bytes += 200 + len(failure.input or "")
         self._settle_failed(failure)
+        return True
 
     def absorb(self, news: News) -> set[int]:
         """Take what others have finished; returns the rows that are settled by it."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-
-import pyarrow as pa
+from dataclasses import replace
 
 from batchinfer.jobs.claims import Claims
 from batchinfer.jobs.clock import Clock
 from batchinfer.jobs.commit import commit
+from batchinfer.jobs.failure_limit import FailureCount, FailureLimit, JobStopped
+from batchinfer.jobs.feeder import Work
 from batchinfer.jobs.folder import JobFolder
 from batchinfer.jobs.heartbeat import Heartbeat
 from batchinfer.jobs.open_shard import OpenShard
@@ -37,7 +38,7 @@ class Publisher:
         clock: Clock,
         heartbeat: Heartbeat,
         claims: Claims,
-        schema: pa.Schema,
+        work: Work,
         worker: str,
         flush_seconds: float,
     ) -> None:
@@ -46,7 +47,10 @@ class Publisher:
         self._clock = clock
         self._heartbeat = heartbeat
         self._claims = claims
-        self._schema = schema
+        self._schema = work.schema
+        self._limit = work.limit
+        self._count = FailureCount(folder, work.shards, work.sampling.n)
+        self._failed_before = 0
         self._worker = worker
         self._flush_ns = int(flush_seconds * 1e9)
         self._closing = False
@@ -66,6 +70,7 @@ class Publisher:
                 closing = self._closing
             if shard is not None:
                 self._commit(shard)
+                self._stop_at_limit()
             elif closing:
                 for shard in list(self._bench.open.values()):
                     if self._folder.is_committed(shard.name):
@@ -77,6 +82,7 @@ class Publisher:
                 self._flush()
                 for shard in list(self._bench.open.values()):
                     self._look(shard)
+                self._stop_at_limit()
                 flushed = self._clock.now_ns()
 
     def _wait(self, flushed: int) -> OpenShard | None:
@@ -126,6 +132,25 @@ class Publisher:
             self._heartbeat.beat()
         for shard, samples, failures, flight in news:
             shard.writer.write(samples, failures, flight)
+
+    def _stop_at_limit(self) -> None:
+        """Stop the job where too many of its rows have failed.
+
+        The whole job is counted only when this worker has seen more failures, and too many for its own
+        rows: where a job's share is too large, that of some worker is.
+        """
+        failed, done = self._bench.rows_failed, self._bench.rows_done
+        if failed == self._failed_before:
+            return
+        self._failed_before = failed
+        control = self._folder.read_control()
+        limit = self._limit if control.failures is None else FailureLimit(**control.failures)
+        if failed <= limit.max_share * (failed + done):
+            return
+        reason = self._count.reason_to_stop(limit)
+        if reason is not None:
+            self._folder.append_control(lambda current: replace(current, state="stop", message=reason))
+            self._bench.request_stop("error", JobStopped(reason))
 
     def _look(self, shard: OpenShard) -> None:
         """See what others have published of the shard."""

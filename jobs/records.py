@@ -16,7 +16,7 @@ from batchinfer.jobs.types import JobError, Shard
 
 PROTOCOL = 1
 
-ControlState = Literal["run", "cancel"]
+ControlState = Literal["run", "cancel", "stop"]
 WorkerState = Literal["starting", "running", "draining", "left", "failed"]
 
 
@@ -76,6 +76,8 @@ class Control:
     """What a person last asked of the job (control/NNNN.json); None leaves the spec's value.
 
     ``placed`` holds the options of backends that later submits asked for workers, by backend.
+    ``failures`` are the failure limits that a later submit asked for. ``stop`` is the state of a job that
+    has stopped itself, ``message`` why; the next submit lets it run again.
     """
 
     state: ControlState = "run"
@@ -84,6 +86,8 @@ class Control:
     max_usd: float | None = None
     max_worker_hours: float | None = None
     placed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    failures: Mapping[str, Any] | None = None
+    message: str = ""
     nonce: str = ""
 
     def to_bytes(self) -> bytes:

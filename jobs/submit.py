@@ -168,6 +168,8 @@ def _append_changes(folder: JobFolder, record: JobRecord, spec: JobSpec) -> None
     wanted = replace(
         current,
         state="run",
+        failures=spec.failures.model_dump() if spec.failures != stored.failures else None,
+        message="",
         placed={**current.placed, **(placed_options(spec) if spec.workers != stored.workers else {})},
         workers=spec.workers.count if spec.workers.count != stored.workers.count else None,
         usd_per_hour=spec.price.usd_per_hour if spec.price != stored.price else None,

@@ -14,6 +14,7 @@ from batchinfer.connectors.types import StorageError, TransientStorageError
 from batchinfer.jobs.claims import LEASE_SECONDS, RENEWALS_PER_LEASE, Claims
 from batchinfer.jobs.clock import Clock, Thread
 from batchinfer.jobs.cost import Ledger, settle, summary
+from batchinfer.jobs.failure_limit import JobStopped
 from batchinfer.jobs.feeder import Feeder, Work
 from batchinfer.jobs.folder import JobFolder
 from batchinfer.jobs.heartbeat import Heartbeat, Life, Renewer
@@ -93,7 +94,7 @@ class Supervisor:
             folder, self.bench, clock, self._claims, self._heartbeat, pace.lease, self._stalled
         )
         self._publisher = Publisher(
-            folder, self.bench, clock, self._heartbeat, self._claims, work.schema, worker, pace.flush
+            folder, self.bench, clock, self._heartbeat, self._claims, work, worker, pace.flush
         )
         patience = pace.lease / RENEWALS_PER_LEASE
         self._feeder = Feeder(folder, self.bench, self._claims, work, worker, patience)
@@ -316,6 +317,8 @@ def outcome(stop: StopReason | None, error: BaseException | None) -> tuple[int, 
         return EXIT_RETRY, str(error)
     if isinstance(error, JobError | StorageError):
         return EXIT_JOB, str(error)
+    if isinstance(error, JobStopped):
+        return EXIT_STOPPED, str(error)
     if isinstance(error, EngineGone):
         return EXIT_INTERNAL, str(error)
     return EXIT_INTERNAL, f"{type(error).__name__}: {error}"

@@ -58,6 +58,7 @@ class Workbench:
         self.dropping: set[int] = set()
         self.stop: StopReason | None = None
         self.error: BaseException | None = None
+        self.rows_failed = 0
         self.rows_done = self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
         self.starved_for_work = False
         self.engine_ready = False
@@ -121,7 +122,7 @@ class Workbench:
         """
         with self.changed:
             for failure in failures:
-                shard.fail(failure)
+                self.rows_failed += shard.fail(failure)
             while self.stop is None and shard.lease is not None and not self._queue_has_room():
                 self.changed.wait()
             if self.stop is not None or shard.lease is None:
@@ -280,7 +281,7 @@ class Workbench:
                 del self.in_engine[row], self._outstanding[row]
                 if missing:
                     values = input_as_json(shard.inputs.pop(row))
-                    shard.fail(Failure(row, item.code, item.message, 1, values))
+                    self.rows_failed += shard.fail(Failure(row, item.code, item.message, 1, values))
                     self._row_settled(shard, row)
                 continue
             own = shard.finish(item, self._worker, self._usd_per_hour)
@@ -381,7 +382,7 @@ class Workbench:
             message = (
                 f"{DEATHS_ALONE} engines ended with this row alone in flight, the last one so: {death.how}"
             )
-            shard.fail(Failure(condemned, death.code, message, DEATHS_ALONE, values))
+            self.rows_failed += shard.fail(Failure(condemned, death.code, message, DEATHS_ALONE, values))
         self.to_save = True
 
     def update_account(self) -> None:

@@ -22,6 +22,7 @@ from batchinfer.engine.config import EngineConfig
 from batchinfer.jobs.clock import SystemClock
 from batchinfer.jobs.columns import passed_columns
 from batchinfer.jobs.engine_process import EngineProcess, Load
+from batchinfer.jobs.failure_limit import FailureLimit
 from batchinfer.jobs.feeder import Work
 from batchinfer.jobs.folder import JobFolder, ShardName
 from batchinfer.jobs.processes import (
@@ -79,6 +80,9 @@ def _run(job_uri: str, usd_per_hour: float | None, index: int | None, started_ns
     if control.state == "cancel":
         logger.error("the job at %s was cancelled: submit it again to go on", folder.uri)
         return EXIT_STOPPED
+    if control.state == "stop":
+        logger.error("%s", control.message)
+        return EXIT_STOPPED
     spec = parse_spec(record.spec, f"the job in {folder.uri}")
     work = read_work(folder, record, spec)
     if folder.committed().keys() >= work.shards.keys():
@@ -121,7 +125,10 @@ def read_work(folder: JobFolder, record: JobRecord, spec: JobSpec) -> Work:
     def read(split: Split) -> Iterable[RowBatch]:
         return read_batches(split, record.input_schema, columns, storage)
 
-    return Work(shards, record.schema, passed, sampling, read, prompts.render, next_round, prompts.sampling)
+    limit = FailureLimit(spec.failures.max_share, spec.failures.after_rows)
+    return Work(
+        shards, record.schema, passed, sampling, read, prompts.render, next_round, prompts.sampling, limit
+    )
 
 
 def engine_config(spec: JobSpec) -> EngineConfig:

@@ -30,6 +30,7 @@ from batchinfer.connectors.types import BadRow, InputFile, Split, TransientStora
 from batchinfer.engine.types import SamplingParams
 from batchinfer.jobs.columns import output_schema
 from batchinfer.jobs.cost import settle
+from batchinfer.jobs.failure_limit import NO_LIMIT, FailureLimit, JobStopped
 from batchinfer.jobs.feeder import Work
 from batchinfer.jobs.folder import JobFolder, ShardName
 from batchinfer.jobs.records import Bill, Control, PartFooter, WorkerRecord
@@ -51,6 +52,7 @@ class Simulation:
     shards: int = 4
     rows: int = 6
     n: int = 1
+    limit: FailureLimit = NO_LIMIT
     drains: int = 0
     cancels: int = 0
     retries: int = 0
@@ -59,6 +61,7 @@ class Simulation:
     poison: bool = False
     world: World = field(init=False)
     engine_deaths: int = 0
+    stops: int = 0
     resumed_tokens: int = 0
     decoded_tokens: int = 0
 
@@ -133,6 +136,11 @@ class Simulation:
                 while any(process.ended_ns is None for process in self.processes):
                     self.world.pause(5 * SECOND)
                 self._control("run")
+            if self._stopped():
+                self.stops += 1
+                while any(process.ended_ns is None for process in self.processes):
+                    self.world.pause(5 * SECOND)
+                self._control("run", {"max_share": 1.0, "after_rows": 1})
             while len([1 for process in self.processes if process.ended_ns is None]) < self.workers:
                 if self._all_done():
                     break
@@ -140,9 +148,13 @@ class Simulation:
         while any(process.ended_ns is None for process in self.processes):
             self.world.pause(10 * SECOND)
 
-    def _control(self, state: str) -> None:
+    def _stopped(self) -> bool:
+        controls = [key for key in self.world.objects if key.startswith("_batchinfer/control/")]
+        return bool(controls) and b'"stop"' in self.world.objects[max(controls)][0]
+
+    def _control(self, state: str, failures: Any = None) -> None:
         number = len([key for key in self.world.objects if key.startswith("_batchinfer/control/")]) + 1
-        content = Control(state=state, nonce="harness").to_bytes()  # type: ignore[arg-type]
+        content = Control(state=state, failures=failures, nonce="harness").to_bytes()  # type: ignore[arg-type]
         self.world.objects[f"_batchinfer/control/{number:04d}.json"] = (content, self.world.now_ns)
         self.world.log(state)
 
@@ -174,6 +186,7 @@ class Simulation:
             lambda split: self._read(store, split),
             self._render,
             lambda number: round_shards(folder, self.first, number),
+            limit=self.limit,
         )
         record = WorkerRecord(
             worker=process.name, state="starting", beat=0, usd_per_hour=2.0, bill=Bill(), started=""
@@ -189,6 +202,8 @@ class Simulation:
         )
         self.supervisors[process.name] = supervisor
         code = supervisor.run()
+        if isinstance(supervisor.bench.error, JobStopped):
+            return code
         supervisor.bench.check()
         if supervisor.bench.error is not None:
             raise supervisor.bench.error
@@ -333,6 +348,7 @@ def from_seed(seed: int) -> Simulation:
         shards=chance.randint(1, 5),
         rows=chance.choice([1, 4, 4, 9, 9, 25]),
         n=chance.choice([1, 1, 2]),
+        limit=chance.choice([NO_LIMIT, NO_LIMIT, FailureLimit(0.1, 10)]),
         drains=3 if "get progress" in call or "inflight" in call else chance.choice([0, 0, 1, 3]),
         cancels=1 if "get control" in call else chance.choice([0, 0, 0, 1]),
         retries=2 if "rounds" in call else chance.choice([0, 0, 1, 2]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,6 @@ def test_workers_and_price_may_change(setting: Setting, override: str, control: 
         ("output.tokens=true", ["output.tokens", "False", "True"]),
         ("shards.rows=10", ["shards.rows", "25", "10"]),
         ("input.columns=[id]", ["input.columns", "None", "'id'"]),
-        ("failures.max_share=0.5", ["failures.max_share", "0.05", "0.5"]),
         ("storage.'s3://x/'.region=eu", ["storage"]),
     ],
 )
@@ -159,6 +159,15 @@ def test_anything_else_is_another_job(setting: Setting, override: str, words: li
     for word in words:
         assert word in message
     assert setting.keys() == before
+
+
+def test_a_job_that_its_failure_limit_stopped_goes_on_with_another_limit(setting: Setting) -> None:
+    setting.submit()
+    setting.folder.append_control(lambda control: replace(control, state="stop", message="too many"))
+    setting.submit("failures.max_share=0.5")
+    found = setting.folder.read_control()
+    assert (found.state, found.message) == ("run", "")
+    assert found.failures == {"max_share": 0.5, "after_rows": 200}
 
 
 def test_several_differences_are_all_named(setting: Setting) -> None:

@@ -27,6 +27,7 @@ from batchinfer.jobs.backends import local
 from batchinfer.jobs.backends.local import start_workers
 from batchinfer.jobs.columns import output_schema
 from batchinfer.jobs.cost import settle
+from batchinfer.jobs.failure_limit import JobStopped
 from batchinfer.jobs.folder import JobFolder, ShardName, new_nonce
 from batchinfer.jobs.processes import python_command
 from batchinfer.jobs.records import JobRecord, WorkerRecord
@@ -402,6 +403,48 @@ def test_rows_that_fail_go_to_the_failures_with_their_input(make_job: MakeJob, t
     assert json.loads(failures[7].input or "") == {"id": "id 7", "text": "this is too long"}
 
 
+@pytest.mark.parametrize(
+    ("bad", "limits"),
+    [
+        (lambda row: row % 5 == 0, {"max_share": 0.1, "after_rows": 40}),
+        (lambda row: True, {"max_share": 0.9, "after_rows": 10_000}),
+    ],
+)
+def test_a_job_stops_where_too_many_rows_fail_and_goes_on_when_more_may(
+    bad: Callable[[int], bool], limits: dict[str, Any], make_job: MakeJob, tmp_path: Path
+) -> None:
+    source = tmp_path / "in.jsonl"
+    lines = [{"id": f"id {row}", "text": None if bad(row) else f"row {row}"} for row in range(400)]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    job = make_job(
+        source=source, shard_rows=50, prompt="{{ text.strip() }}", failures=limits, step=0.1, tokens=60
+    )
+    first, second = job.start(), job.start()
+    _, errors = first.communicate(timeout=WAIT)
+    assert (first.returncode, second.wait(WAIT)) == (77, 77)
+    assert b"failures.max_share" in errors and b"render_error" in errors and b"such as row" in errors
+    assert b"Traceback" not in errors
+    assert len(job.folder.committed()) < job.record.shards
+    assert "render_error" in job.folder.read_control().message
+    assert {record.exit_code for record in job.heartbeats()} == {77}
+    assert job.run() == 77, "it stays stopped until it is submitted again"
+    more = {"max_share": 1.0, "after_rows": 1}
+    job.folder.append_control(lambda control: replace(control, state="run", message="", failures=more))
+    assert job.run(FAKE_STEP="0") == 0
+    job.check(failed={row: "render_error" for row in range(400) if bad(row)})
+    assert max(job.decoded().values(), default=1) == 1
+
+
+def test_a_few_failures_stop_nothing(make_job: MakeJob, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    lines = [{"id": f"id {row}", "text": None if row < 30 else f"row {row}"} for row in range(200)]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    limits = {"max_share": 0.2, "after_rows": 200}
+    job = make_job(source=source, shard_rows=100, prompt="{{ text.strip() }}", failures=limits)
+    assert job.run() == 0
+    job.check(failed=dict.fromkeys(range(30), "render_error"))
+
+
 def test_a_column_may_be_for_the_prompt_alone(make_job: MakeJob, tmp_path: Path) -> None:
     source = tmp_path / "in.parquet"
     pq.write_table(pa.table({"text": ["a", "b"], "id": ["id 0", "id 1"]}), source)
@@ -437,6 +480,7 @@ def test_gpus_are_shared_out_one_group_a_worker(monkeypatch: pytest.MonkeyPatch)
         ("error", TransientStorageError("down"), 75),
         ("error", StorageError("denied"), 78),
         ("error", JobError("wrong"), 78),
+        ("error", JobStopped("too many"), 77),
         ("error", EngineGone("gone"), 70),
         ("error", ValueError("a bug"), 70),
     ],
