@@ -385,7 +385,8 @@ def probe(store: ObjectStore) -> None:
     """
     key = f"_probe-{uuid.uuid4().hex}.json"
     first, second = b'{"probe": 1}', b'{"probe": 2}'
-    if not store.create_exclusive(key, first):
+    # After a lost reply the object that is there may be our own.
+    if not store.create_exclusive(key, first) and store.get(key) != first:
         raise StorageError(f"{store.root}: the store says that a new object exists; use another store")
     try:
         if store.create_exclusive(key, second) or store.get(key) != first:

@@ -47,7 +47,7 @@ LEASE = 4.0
 FLUSH = 0.5
 READ_TIMEOUT_SECONDS = 1.5
 FAULT_BUDGET = 40
-LONGEST_RUN = 180.0
+LONGEST_RUN = 600.0
 MOST_WORKERS = 16
 
 Action = Literal["kill", "term", "pause", "crash", "start"]

@@ -222,6 +222,18 @@ def test_a_create_knows_its_own_object_whatever_happens(behind: tuple[FaultProxy
         assert read_nonce(f"{effect}.json") == ("theirs" if effect in lost else "ours")
 
 
+@pytest.mark.parametrize("effect", ["lost_reply", "internal_after", "duplicate", "truncated", "slow_down"])
+def test_a_store_is_not_refused_for_a_lost_reply(
+    effect: Effect, s3_moto: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fault_proxy(s3_moto.server.endpoint_url, Fault(effect, EVERY, times=1)) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint_url)
+        store = open_store(f"{s3_moto.uri}/job")
+        probe(store)
+        assert proxy.hits == {effect: 1}
+        assert store.list("") == []
+
+
 @pytest.mark.slow
 def test_what_is_read_is_whole(behind: tuple[FaultProxy, ObjectStore]) -> None:
     proxy, store = behind
