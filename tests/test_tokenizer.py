@@ -417,6 +417,35 @@ def test_incremental_text_is_the_text_of_the_whole(
             assert text == own.decode(ids)
 
 
+@settings(deadline=None, max_examples=200)
+@given(text=st.sampled_from(TEXTS) | st.text(st.characters(codec="utf-8"), max_size=40))
+def test_the_bytes_of_the_tokens_are_the_text(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    for own in (smollm2(), sentence_piece(str(tmp_path_factory.getbasetemp()))):
+        (ids,) = own.encode_batch([text])
+        data = b"".join(map(own.token_bytes, ids))
+        if own is smollm2():
+            # The vocabulary lacks some bytes of control characters and of the rarest planes.
+            assert data == text.encode().translate(None, b"\x04\x06\x13\x14\x16\x1d\xf1\xf2")
+            continue
+        found = data.decode()
+        if "<unk>" in found or "\u2581" in text:
+            continue
+        # This vocabulary begins a text with its start token and a space.
+        assert found in (f"<s> {text}", f"<s>{text}")
+
+
+def test_tokens_have_bytes_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    own = smollm2()
+    assert own.token_bytes(2) == b"<|im_end|>"
+    assert own.token_bytes(own.vocab_size + 5) == b""
+    # A character that takes several tokens, each of which decodes to nothing readable.
+    (ids,) = own.encode_batch(["👩‍👩‍👧‍👦"])
+    assert any(own.token_bytes(token).decode("utf-8", "replace").endswith("\ufffd") for token in ids)
+    pieces = sentence_piece(str(tmp_path_factory.getbasetemp()))
+    assert pieces.token_bytes(3 + 0xE2) == b"\xe2"
+    assert pieces.token_bytes(1) == b"<s>"
+
+
 def test_characters_are_held_back_until_they_are_whole() -> None:
     own = smollm2()
     (ids,) = own.encode_batch(["a👩‍👩‍👧 b"])
