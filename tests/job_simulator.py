@@ -4,6 +4,7 @@ Their threads pass one baton at every storage call and every wait, in an order t
 decides, so a failing seed fails again:
 
     python tests/job_simulator.py SEED [--trace]
+    python tests/job_simulator.py --seeds 10000
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import argparse
 import contextlib
 import io
 import logging
+import multiprocessing
 import random
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -186,7 +189,7 @@ class Simulation:
             lambda split: self._read(store, split),
             self._render,
             lambda number: round_shards(folder, self.first, number),
-            limit=self.limit,
+            limit=self.limit if self.poison else NO_LIMIT,  # without poison nothing disturbs
         )
         record = WorkerRecord(
             worker=process.name, state="starting", beat=0, usd_per_hour=2.0, bill=Bill(), started=""
@@ -358,12 +361,57 @@ def from_seed(seed: int) -> Simulation:
     )
 
 
+def _run_many(first: int, seeds: int) -> int:
+    """Run seeds in two processes; returns the exit code."""
+    totals: Counter[str] = Counter()
+    context = multiprocessing.get_context("spawn")  # with threads about, a fork may hang
+    with context.Pool(2) as pool:
+        for number, (seed, error, counts) in enumerate(
+            pool.imap_unordered(_run_one, range(first, first + seeds), chunksize=8), 1
+        ):
+            totals.update(counts)
+            if error:
+                print(f"seed {seed}: BROKEN: {error}", flush=True)
+            if number % 500 == 0:
+                print(f"{number} seeds: {dict(totals)}", flush=True)
+    print(f"{seeds} seeds from {first} on: {dict(totals)}")
+    return 1 if totals["broken"] else 0
+
+
+def _run_one(seed: int) -> tuple[int, str, dict[str, int]]:
+    logging.disable(logging.CRITICAL)
+    simulation = from_seed(seed)
+    try:
+        simulation.run()
+    except Exception as error:
+        return seed, f"{type(error).__name__}: {error}", {"broken": 1}
+    helpers = sum("/helper-" in key for key in simulation.world.objects)
+    return (
+        seed,
+        "",
+        {
+            "good": 1,
+            "storage calls": simulation.world.operations,
+            "processes": len(simulation.processes),
+            "helpers": helpers,
+            "engine deaths": simulation.engine_deaths,
+            "stops": simulation.stops,
+            "rounds": simulation.rounds,
+        },
+    )
+
+
 def main() -> None:
-    """Run one seed, and show what happened."""
+    """Run one seed and show what happened, or many and show which are broken."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("seed", type=int)
+    parser.add_argument("seed", type=int, nargs="?")
+    parser.add_argument("--seeds", type=int, help="run that many, from SEED or 0 on, in two processes")
     parser.add_argument("--trace", action="store_true", help="print every storage call")
     arguments = parser.parse_args()
+    if arguments.seeds is not None:
+        raise SystemExit(_run_many(arguments.seed or 0, arguments.seeds))
+    if arguments.seed is None:
+        parser.error("give a seed, or --seeds")
     logging.basicConfig(level=logging.ERROR)
     simulation = from_seed(arguments.seed)
     try:

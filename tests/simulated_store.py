@@ -30,7 +30,7 @@ CALLS = (
 class Faults:
     """What may happen at a storage call, as shares; ``budget`` bounds their number, so that the world
     calms down. ``aimed`` is one more fault, for the call of a kind that comes after ``aimed_skips``
-    others of it. ``kill_at`` kills at one numbered call instead, before or after its effect."""
+    others of it. ``struck_at`` is one fault at one numbered call instead."""
 
     kill: float = 0.0
     freeze: float = 0.0
@@ -41,7 +41,7 @@ class Faults:
     hang: float = 0.0
     aimed: tuple[str, str] | None = None
     aimed_skips: int = 0
-    kill_at: tuple[int, bool] | None = None
+    struck_at: tuple[int, str] | None = None
     budget: int = 1000
 
 
@@ -196,10 +196,9 @@ class FaultPlan:
         upload = kind in ("create", "put") and kind_of(key) in ("part", "progress", "inflight", "failures")
         if upload and chance.random() < faults.slow:
             delay = chance.randrange(20, 150) * SECOND
-        if faults.kill_at is not None:
-            at, after = faults.kill_at
-            fault = ("kill_after" if after else "kill_before") if number == at else ""
-            return fault, delay
+        if faults.struck_at is not None:
+            at, fault = faults.struck_at
+            return fault if number == at else "", delay
         call = f"{kind} {kind_of(key)}"
         if faults.aimed is not None and call == faults.aimed[1]:
             self._aimed_calls += 1
