@@ -9,10 +9,12 @@ import pytest
 from batchinfer.connectors.types import ObjectInfo
 from batchinfer.engine.types import Completion, Decoded
 from batchinfer.jobs.claims import Claims
+from batchinfer.jobs.feeder import helping_pays
 from batchinfer.jobs.folder import JobFolder, ShardName
-from batchinfer.jobs.progress import ProgressWriter, delete_progress, read_progress
+from batchinfer.jobs.progress import Progress, ProgressWriter, delete_progress, read_progress
 from batchinfer.jobs.records import Failure
 from batchinfer.jobs.samples import Charge, Finished, Flight, Partial, SampleKey
+from batchinfer.jobs.suspects import Suspicion
 
 
 class TimedStore:
@@ -87,6 +89,53 @@ def test_a_shard_has_one_owner_until_the_lease_is_stale_or_released(store: Timed
     first.release(leases[1])
     again = second.claim([])
     assert again is not None and (again.shard, again.generation) == (leases[1].shard, 2)
+
+
+def test_a_shard_has_one_helper_until_its_lease_is_stale(store: TimedStore) -> None:
+    owner, second, third = (claims_of(store, name) for name in "abc")
+    leases = [owner.claim([]) for _ in NAMES]
+    assert second.claim([]) is None and third.claim([]) is None
+    shard, generation = second.helpable()[0]
+    assert shard in NAMES and generation == 1
+    lease = second.help(shard, generation)
+    assert lease is not None and lease.helper
+    assert third.help(shard, generation) is None
+    assert second.at_work(shard) == {"a", "b"}
+    third.claim([])
+    assert shard not in [name for name, _ in third.helpable()]
+    store.time += 50
+    for owned in leases:
+        assert owned is not None and owner.renew(owned)
+    store.time += 50
+    assert second.at_work(shard) == {"a"}, "the helper was not seen for too long"
+    third.claim([])
+    store.put(NAMES[0].part, b"committed")
+    offered = dict(third.helpable())
+    if shard in offered:
+        assert offered[shard] == 2
+    assert second.help(NAMES[0], 7) is None, "nobody helps with what is committed"
+    assert third.help(shard, 2) is not None or shard == NAMES[0]
+    assert not second.renew(lease)
+
+
+@pytest.mark.parametrize(
+    ("settled", "running", "pays"),
+    [
+        (0, 0, False),
+        (1, 0, True),
+        (10, 30, True),
+        (10, 46, False),
+        (40, 30, True),
+        (41, 30, False),
+        (99, 0, False),
+    ],
+)
+def test_help_pays_while_more_rows_wait_than_run(settled: int, running: int, pays: bool) -> None:
+    failures = {row: Failure(row, "x", "y") for row in range(settled)}
+    progress = Progress(failures=failures, running=set(range(settled, settled + running)))
+    assert helping_pays(100, progress, 1) is pays
+    progress.suspicion = Suspicion(((99,),))
+    assert not helping_pays(100, progress, 1)
 
 
 def test_a_stale_lease_is_judged_by_a_fresh_look_only(store: TimedStore) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -56,9 +57,14 @@ def total_tokens(simulation: Any) -> int:
 @pytest.mark.slow
 def test_every_row_is_there_once_whatever_happens_at_any_storage_call() -> None:
     struck: set[tuple[str, str]] = set()
+    seen = Counter[str]()
     for seed in range(SEEDS):
         simulation = run(seed)
         struck |= simulation.plan.seen
+        seen["helpers"] += any("/helper-" in key for key in simulation.world.objects)
+        seen["engines that died of rows"] += simulation.engine_deaths
+        seen["stops at the failure limit"] += simulation.stops
+    assert min(seen.values()) > 0, seen
     every = {(fault, call) for fault in simulated_store.FAULTS for call in simulated_store.CALLS}
     assert every <= struck, f"never struck: {sorted(every - struck)}"
     assert struck <= every, f"calls that no fault is aimed at: {sorted(struck - every)}"

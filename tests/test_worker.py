@@ -218,6 +218,21 @@ def test_two_workers_share_the_shards(make_job: MakeJob) -> None:
     assert max(job.decoded().values()) == 1
 
 
+def test_an_idle_worker_helps_with_the_last_shard(make_job: MakeJob) -> None:
+    job = make_job(rows=600, shard_rows=600, step=0.1, tokens=80)
+    first, second = job.start(), job.start()
+    assert (first.wait(WAIT), second.wait(WAIT)) == (0, 0)
+    table = job.check()
+    assert list(Path(job.uri).glob("_batchinfer/claims/00000/helper-0001.json"))
+    [shard] = job.folder.committed()
+    charged = job.folder.read_footer(shard).nanoseconds
+    assert len(charged) == 2 and min(charged.values()) > 0.1 * max(charged.values())
+    # Each of them runs 256 rows at a time: what both began before either could tell is less than that.
+    again = sum(job.decoded().values()) - sum(table["completion_tokens"].to_pylist())
+    assert again < 256 * 80
+    assert not list(Path(job.uri).glob("_batchinfer/progress/*/*"))
+
+
 @pytest.mark.chaos
 def test_one_of_two_killed_in_the_middle(make_job: MakeJob) -> None:
     job = make_job(rows=60, step=0.1, tokens=20)
