@@ -11,6 +11,7 @@ import pytest
 
 @pytest.mark.chaos
 @pytest.mark.slow
+@pytest.mark.timeout(700)
 @pytest.mark.parametrize("seed", [0, 1, 3, 6, 9, 17])
 def test_whatever_happens_every_row_is_answered_and_paid_for_once(
     seed: int, tmp_path: Path, request: pytest.FixtureRequest
