@@ -6,6 +6,7 @@ The claims are the project's own code; the store and the time are simulated: eve
 ``--latency`` seconds and a page of a listing 1,000 keys, so a look at the folder is as old as it took, and
 two workers may want the same shard. Workers start within ``--ramp`` seconds, hold two shards each, and
 renew their leases; a shard takes ``--shard-seconds``, more or less. Some are preempted and replaced.
+Nobody helps at the tail.
 Prices are those of Amazon S3: 0.005 USD for 1,000 writes or pages of listings, 0.0004 USD for 1,000 reads.
 """
 
@@ -63,14 +64,14 @@ class Folder:
         self.count("read")
         return self.at
 
-    def list_claims(self) -> dict[str, dict[int, ObjectInfo]]:
+    def list_leases(self) -> tuple[dict[str, dict[int, ObjectInfo]], dict[str, dict[int, ObjectInfo]]]:
         self.looks += 1
         began = self.at
         while self.unlisted and self.unlisted[0][0] <= began:
             _, label, generation = self.unlisted.popleft()
             self.listed.setdefault(label, {})[generation] = self.claims[label][generation]
         self.count("list", 1 + len(self.listed) // PAGE)
-        return self.listed
+        return self.listed, {}
 
     def committed(self) -> dict[ShardName, float]:
         self.count("list", 1 + len(self.parts) // PAGE)
@@ -80,7 +81,7 @@ class Folder:
         self.count("read")
         return shard in self.parts
 
-    def create_claim(self, shard: ShardName, generation: int, claim: Claim) -> bool:
+    def create_claim(self, shard: ShardName, generation: int, claim: Claim, helper: bool = False) -> bool:
         self.count("write")
         self.creates += 1
         if generation in self.claims.get(shard.label, {}):
@@ -91,7 +92,7 @@ class Folder:
         self.unlisted.append((self.at, shard.label, generation))
         return True
 
-    def rewrite_claim(self, shard: ShardName, generation: int, claim: Claim) -> None:
+    def rewrite_claim(self, shard: ShardName, generation: int, claim: Claim, helper: bool = False) -> None:
         self.count("write")
         self._write(shard, generation, claim)
         if generation in self.listed.get(shard.label, {}):
@@ -102,7 +103,7 @@ class Folder:
         info = ObjectInfo(f"{shard.label}/{generation}", 100, "", self.at)
         self.claims.setdefault(shard.label, {})[generation] = info
 
-    def read_claim(self, shard: ShardName, generation: int) -> Claim:
+    def read_claim(self, shard: ShardName, generation: int, helper: bool = False) -> Claim:
         self.count("read")
         try:
             return self.records[shard.label, generation]
