@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +25,11 @@ from batchinfer.jobs.types import Shard
 
 @dataclass(frozen=True)
 class FakeJob:
-    """A job that was submitted, and what its workers' environment must hold."""
+    """A job that was submitted."""
 
     spec: JobSpec
     folder: JobFolder
     record: JobRecord
-    environment: dict[str, str]
 
     @property
     def uri(self) -> str:
@@ -43,11 +40,6 @@ class FakeJob:
 
     def running(self) -> list[WorkerRecord]:
         return [record for record in self.workers() if record.state == "running"]
-
-    def decoded(self) -> Counter[str]:
-        """How often each token was computed."""
-        log = Path(self.environment["FAKE_LOG"])
-        return Counter(log.read_text().splitlines()) if log.exists() else Counter()
 
     def check_complete(self) -> None:
         """Every row is answered once, with the right answer, and the bill adds up."""
@@ -75,7 +67,10 @@ def submit_fake_job(
     tokens: int = 5,
     **spec: Any,
 ) -> FakeJob:
-    """Put a job at ``uri``, its input beside it; ``spec`` are further fields of its spec."""
+    """Put a job at ``uri``, its input beside it; ``spec`` are further fields of its spec.
+
+    What its workers need is set in this process's environment.
+    """
     data = open_store(f"{uri}-input")
     columns = {"id": [f"id {row}" for row in range(rows)], "text": [f"text {row}" for row in range(rows)]}
     sink = pa.BufferOutputStream()
@@ -109,11 +104,10 @@ def submit_fake_job(
         "BATCHINFER_ENGINE_FACTORY": f"{fake_engine.__file__}:fake_engine",
         "BATCHINFER_PACE": json.dumps({"lease": 4.0, "flush": 0.5}),
         "BATCHINFER_CACHE": str(tmp / "cache"),
-        "FAKE_LOG": str(tmp / "decoded.log"),
         "FAKE_STEP": str(step),
         "FAKE_TOKENS": str(tokens),
         "OMP_NUM_THREADS": "1",
     }
     for name, value in own.items():
         monkeypatch.setenv(name, value)
-    return FakeJob(parsed, folder, record, {**os.environ, **own})
+    return FakeJob(parsed, folder, record)

@@ -260,7 +260,7 @@ def test_a_job_goes_through_evictions_lost_nodes_and_kills(
 def test_workers_of_kubernetes_and_of_this_machine_share_a_job(
     make_setting: Callable[..., KubernetesSetting],
 ) -> None:
-    setting = make_setting(1, rows=80, step=0.1)
+    setting = make_setting(1, rows=200, shard_rows=5, step=0.15, tokens=8)
     setting.placed()
     job = setting.job
     with start_workers(job.uri, 1, 0, {}, attached=True, cpus=1.0) as here:
