@@ -167,6 +167,9 @@ def _run_workers(submitted: Submitted, wait: bool, as_json: bool, news: Mapping[
     from batchinfer.jobs.view import started_line
 
     job = submitted.job
+    found = job.status()
+    if found.state == "budget":
+        return _tell_end(job, found, as_json)
     with begin_work(submitted, attached=wait) as started:
         if not wait:
             say(f"{started_line(started)}; `batchinfer status {job.uri}` tells how they do.")

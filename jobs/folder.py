@@ -24,6 +24,8 @@ from batchinfer.jobs.records import (
     Failure,
     JobRecord,
     PartFooter,
+    SettledSlot,
+    Slot,
     WorkerRecord,
     failures_from_bytes,
     failures_to_bytes,
@@ -39,6 +41,7 @@ from batchinfer.jobs.types import JobError, Shard
 _PART = re.compile(r"part-(?:r(?P<round>\d+)-)?(?P<index>\d+)-of-(?P<count>\d+)\.parquet")
 _CLAIM = re.compile(r"_batchinfer/claims/(?P<shard>[^/]+)/(?P<helper>helper-)?(?P<generation>\d+)\.json")
 _ROUND = re.compile(r"_batchinfer/rounds/(?P<round>\d+)/plan\.arrow")
+_SLOT = re.compile(r"_batchinfer/budget/(?P<number>\d+)(?P<settled>\.settled)?\.json")
 _PROGRESS = re.compile(
     r"_batchinfer/progress/(?P<shard>[^/]+)/(?P<worker>.+)-(?P<sequence>\d+)(?P<inflight>\.inflight)?\.arrow"
 )
@@ -309,6 +312,32 @@ class JobFolder:
                 f"{self.uri}/{shard.part} was not written by this job: choose another output.uri, "
                 "or move that file away"
             ) from error
+
+    # -- slots of the budget ----------------------------------------------------------------------
+
+    def create_slot(self, number: int, slot: Slot) -> bool:
+        """Buy a slot: True when it is ours."""
+        return self.create(
+            f"_batchinfer/budget/{number:06d}.json", slot.to_bytes(), slot.nonce, self._nonce
+        )
+
+    def settle_slot(self, number: int, settled: SettledSlot) -> None:
+        """Say once what was spent of a slot that we bought."""
+        key = f"_batchinfer/budget/{number:06d}.settled.json"
+        self.create(key, settled.to_bytes(), settled.nonce, self._nonce)
+
+    def read_settled(self, number: int) -> SettledSlot:
+        """What was spent of a settled slot."""
+        return SettledSlot.from_bytes(self.store.get(f"_batchinfer/budget/{number:06d}.settled.json"))
+
+    def list_slots(self) -> tuple[set[int], set[int]]:
+        """The numbers of the slots that were bought, and of those that are settled."""
+        bought: set[int] = set()
+        settled: set[int] = set()
+        for info in self.store.list("_batchinfer/budget/"):
+            if match := _SLOT.fullmatch(info.key):
+                (settled if match["settled"] else bought).add(int(match["number"]))
+        return bought, settled
 
     # -- workers and the summary ------------------------------------------------------------------
 

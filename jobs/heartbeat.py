@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from batchinfer.jobs.budget import BudgetSpent
 from batchinfer.jobs.claims import RENEWALS_PER_LEASE, Claims
 from batchinfer.jobs.clock import Clock
 from batchinfer.jobs.failure_limit import JobStopped
@@ -34,6 +35,8 @@ class Heartbeat:
 
     def __init__(self, folder: JobFolder, bench: Workbench, clock: Clock, first: WorkerRecord) -> None:
         self.life = Life("starting")
+        self.until: Callable[[], int] | None = None
+        """What the worker's budget pays for, where it has one: nothing is billed beyond it."""
         self._folder = folder
         self._bench = bench
         self._clock = clock
@@ -45,6 +48,9 @@ class Heartbeat:
         with self._bench.changed:
             while self._writing:
                 self._bench.changed.wait()
+            now = self._clock.now_ns()
+            if self.until is not None and now > self.until():
+                raise BudgetSpent("what the worker has bought is used up")
             self._writing = True
             self._record = replace(
                 self._record,
@@ -52,7 +58,7 @@ class Heartbeat:
                 exit_code=self.life.exit_code,
                 message=self.life.message,
                 beat=self._record.beat + 1,
-                bill=self._bench.ledger.bill(self._clock.now_ns()),
+                bill=self._bench.ledger.bill(now),
                 rows_done=self._bench.rows_done,
                 prompt_tokens=self._bench.prompt_tokens,
                 cached_tokens=self._bench.cached_tokens,

@@ -53,6 +53,29 @@ def check_same_input(uri: str, planned: Sequence[InputFile], found: Sequence[Inp
         )
 
 
+def check_same_budget(uri: str, stored: JobSpec, asked: JobSpec) -> None:
+    """Raise JobError for a change of the budget by which it could no longer be kept: a job that began
+    without one has spent what nobody counted, and one that has none is never meant to forget it."""
+    begun = stored.budget.max_usd is not None or stored.budget.max_worker_hours is not None
+    for name, before in stored.budget:
+        now = getattr(asked.budget, name)
+        if now is not None and not begun:
+            raise JobError(
+                f"budget.{name} is {now}, but the job at {uri} began without a budget: submit it without "
+                "one, or under another output.uri"
+            )
+        if now is not None and name == "max_usd" and stored.price.usd_per_hour is None:
+            raise JobError(
+                f"budget.max_usd is {now}, but the job at {uri} began without price.usd_per_hour: change "
+                "budget.max_worker_hours instead"
+            )
+        if now is None and before is not None:
+            raise JobError(
+                f"budget.{name} is not set, but the job at {uri} began with {before}: give a number, "
+                "however large"
+            )
+
+
 def _differences(
     stored: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:

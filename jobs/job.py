@@ -89,7 +89,8 @@ class Job:
                 break
             time.sleep(POLL_SECONDS)
         if status.state != "done":
-            raise JobError(f"the job at {self.uri} is {status.state}: {status.message}")
+            state = "out of budget" if status.state == "budget" else status.state
+            raise JobError(f"the job at {self.uri} is {state}: {status.message}")
         return status
 
     def cancel(self) -> list[str]:

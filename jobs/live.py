@@ -43,7 +43,7 @@ def follow(job: Job, workers: LocalWorkers | None = None) -> JobStatus:
 
 def _with_last_words(status: JobStatus, workers: LocalWorkers) -> JobStatus:
     """The status of a job that its workers left undone, without a word about it in the folder."""
-    if status.state in ("done", "failed", "cancelled"):
+    if status.state in ("done", "failed", "cancelled", "budget"):
         return status
     ended = {process.returncode: log for process, log in zip(workers.processes, workers.logs, strict=True)}
     code = next((code for code in (78, 70, 77, 75) if code in ended), None)

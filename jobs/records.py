@@ -27,7 +27,8 @@ class JobRecord:
     ``spec`` is the job spec as JSON values, ``schema`` the Arrow schema of the parts, ``input_schema``
     that of the input, by which every worker reads it. ``fingerprint`` names the model's content,
     ``plan`` the plan object by its name, ``shards`` and ``rows`` count what it holds, ``created`` is
-    the submitter's time (ISO 8601, for people), ``nonce`` names the writer.
+    the submitter's time (ISO 8601, for people), ``nonce`` names the writer. ``slot_ns`` is the worker time
+    of a slot of the budget.
     """
 
     spec: Mapping[str, Any]
@@ -39,6 +40,7 @@ class JobRecord:
     rows: int
     created: str
     nonce: str
+    slot_ns: int = 300_000_000_000
 
     def to_bytes(self) -> bytes:
         """The record as JSON; a schema is its Arrow IPC message in base64."""
@@ -54,6 +56,7 @@ class JobRecord:
                 "rows": self.rows,
                 "created": self.created,
                 "nonce": self.nonce,
+                "slot_ns": self.slot_ns,
             }
         )
 
@@ -114,6 +117,36 @@ class Claim:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Claim:
+        """The inverse of :meth:`to_bytes`."""
+        return cls(**json.loads(data))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """A bought slot of the budget (budget/NNNNNN.json): who bought it."""
+
+    worker: str
+    nonce: str
+
+    def to_bytes(self) -> bytes:
+        """The record as JSON."""
+        return _json(asdict(self))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SettledSlot:
+    """What was spent of a bought slot (budget/NNNNNN.settled.json), in worker time and USD."""
+
+    spent_ns: int
+    spent_usd: float
+    nonce: str
+
+    def to_bytes(self) -> bytes:
+        """The record as JSON."""
+        return _json(asdict(self))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> SettledSlot:
         """The inverse of :meth:`to_bytes`."""
         return cls(**json.loads(data))
 

@@ -276,17 +276,6 @@ class BudgetSpec(Part):
     max_usd: StrictFloat | None = Field(default=None, gt=0, description="in USD; null: no limit")
     max_worker_hours: StrictFloat | None = Field(default=None, gt=0, description="null: no limit")
 
-    @model_validator(mode="after")
-    def _unlimited(self) -> Self:
-        for name, value in self:
-            if value is not None:
-                raise _error(
-                    f"is {value!r}, but this version can't hold a job to a budget: remove it, and "
-                    "read what the job will cost from `batchinfer plan`",
-                    field=name,
-                )
-        return self
-
 
 class FailuresSpec(Part):
     """When failing rows stop the job."""
@@ -366,6 +355,12 @@ class JobSpec(Part):
             raise _error(
                 f"exactly one of {', '.join(PROMPT_FIELDS)} says what to ask the model, but there is "
                 f"{found}"
+            )
+        if self.budget.max_usd is not None and self.price.usd_per_hour is None:
+            raise _error(
+                "needs price.usd_per_hour, to know what a worker costs: add it, or set "
+                "budget.max_worker_hours instead",
+                field="budget.max_usd",
             )
         for prefix in self.storage:
             if "://" not in prefix:

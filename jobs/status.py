@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import time
 from collections import Counter
@@ -15,6 +16,8 @@ from typing import Any, Literal, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from batchinfer.jobs.budget import USED_UP, Cap, Slots, cap_of, used_up
+from batchinfer.jobs.columns import NANOSECONDS_PER_HOUR
 from batchinfer.jobs.cost import Settlement, settle
 from batchinfer.jobs.folder import JobFolder, ShardName
 from batchinfer.jobs.records import JobRecord, PartFooter, WorkerRecord, table_from_bytes
@@ -22,7 +25,7 @@ from batchinfer.jobs.retry import job_shards, read_rounds
 from batchinfer.jobs.rounds import FailedRow, RoundPlan
 from batchinfer.jobs.types import JobError
 
-State = Literal["starting", "running", "done", "cancelled", "failed", "stalled"]
+State = Literal["starting", "running", "done", "cancelled", "failed", "stalled", "budget"]
 
 # A worker whose heartbeat is older is taken for dead; the leases of a dead worker end by then.
 ALIVE_SECONDS = 60.0
@@ -45,8 +48,9 @@ class JobStatus:
     ``rows_retried`` are failed rows that wait for its answer. Tokens are those of the answers; while
     shards are open, what the workers say that they had of them. ``tokens_per_second`` are completion
     tokens of the workers alive, since each had its engine; ``eta_seconds`` is None while nothing tells.
-    ``usd`` is what all workers cost up to their last heartbeat, None without a price. ``message`` says in
-    one sentence why a job failed or stalled and what to do.
+    ``usd`` and ``worker_hours`` are what all workers took up to their last heartbeat, ``usd`` None without
+    a price; ``max_usd`` and ``max_worker_hours`` are the budget. ``message`` says in one sentence why a job
+    failed, stalled or ran out of budget, and what to do.
     """
 
     uri: str
@@ -68,13 +72,16 @@ class JobStatus:
     tokens_per_second: float
     eta_seconds: float | None
     usd: float | None
+    max_usd: float | None
+    worker_hours: float
+    max_worker_hours: float | None
     workers_alive: int
     workers: tuple[WorkerRecord, ...]
 
     @property
     def over(self) -> bool:
         """Whether nothing more happens by itself."""
-        return self.state in ("done", "cancelled", "failed", "stalled")
+        return self.state in ("done", "cancelled", "failed", "stalled", "budget")
 
 
 class StatusReader:
@@ -105,6 +112,8 @@ class StatusReader:
         self._codes: dict[ShardName, Mapping[int, str]] = {}
         self._rounds: dict[int, RoundPlan] = {}
         self._progress: dict[str, pa.Table] = {}
+        price = record.spec.get("price", {}).get("usd_per_hour")
+        self._slots = Slots(folder, record.slot_ns, price, random.Random())
 
     def settlement(self) -> Settlement:
         """The bill so far."""
@@ -131,7 +140,10 @@ class StatusReader:
             ]
             tokens = [max(sure, sum(column)) for sure, *column in zip(tokens, *said, strict=True)]
         complete = done == len(shards)
-        state, message, exit_code = self._state(complete, control.state == "cancel", alive, workers)
+        cap = cap_of(control, self.record)
+        state, message, exit_code = self._state(complete, control.state == "cancel", cap, alive, workers)
+        if state == "budget":
+            message = used_up(cap, settlement.bill.total, settlement.usd or 0.0)
         rows_left = self.record.rows - answered - len(failed) + retried
         pace = sum(_per_second(record, record.rows_done) for record in alive)
         return JobStatus(
@@ -154,6 +166,9 @@ class StatusReader:
             tokens_per_second=sum(_per_second(record, record.completion_tokens) for record in alive),
             eta_seconds=rows_left / pace if pace and state == "running" else None,
             usd=settlement.usd,
+            max_usd=cap.usd,
+            worker_hours=settlement.bill.total / NANOSECONDS_PER_HOUR,
+            max_worker_hours=None if cap.nanoseconds is None else cap.nanoseconds / NANOSECONDS_PER_HOUR,
             workers_alive=len(alive),
             workers=tuple(record for record, _ in workers),
         )
@@ -243,6 +258,7 @@ class StatusReader:
         self,
         complete: bool,
         cancelled: bool,
+        cap: Cap,
         alive: list[WorkerRecord],
         workers: list[tuple[WorkerRecord, float]],
     ) -> tuple[State, str, int]:
@@ -256,9 +272,12 @@ class StatusReader:
             return "cancelled", "submit again to go on", 77
         own = [(modified, record) for record, modified in workers if record.worker not in self._before]
         failed = [(modified, record) for modified, record in own if record.exit_code in (70, 77, 78)]
-        if failed:
-            last = max(failed, key=lambda item: item[0])[1]
+        last = max(failed, key=lambda item: item[0])[1] if failed else None
+        spent = last is not None and last.message.startswith(USED_UP)
+        if last is not None and not spent:
             return "failed", last.message, last.exit_code or 70
+        if spent or (cap.limited and not self._slots.affordable(cap)):
+            return "budget", "", 77
         if not own and self._now() - self._since < START_SECONDS:
             return "starting", "", 0
         return "stalled", "no worker is alive: submit again to go on", 75

@@ -12,8 +12,9 @@ from batchinfer.connectors.storage import open_store, probe
 from batchinfer.connectors.types import ObjectStore
 from batchinfer.jobs.backends.local import LocalWorkers
 from batchinfer.jobs.backends.local import start_workers as start_local_workers
+from batchinfer.jobs.budget import asked_cap, slot_ns
 from batchinfer.jobs.folder import JobFolder, new_nonce
-from batchinfer.jobs.identity import check_same_input, check_same_job, check_same_model
+from batchinfer.jobs.identity import check_same_budget, check_same_input, check_same_job, check_same_model
 from batchinfer.jobs.inspection import inspect_model
 from batchinfer.jobs.job import Job
 from batchinfer.jobs.placement import Placed, check_placeable, place_workers, placed_options
@@ -135,10 +136,16 @@ def _create(folder: JobFolder, plan: Plan) -> bool:
             plan=name,
             shards=len(plan.shards),
             rows=plan.rows,
+            slot_ns=_slot_ns(plan.spec),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             nonce=new_nonce(),
         )
     )
+
+
+def _slot_ns(spec: JobSpec) -> int:
+    cap = asked_cap(spec.budget.max_usd, spec.budget.max_worker_hours)
+    return slot_ns(cap, spec.price.usd_per_hour, spec.workers.count)
 
 
 def _check_empty(store: ObjectStore) -> None:
@@ -153,7 +160,9 @@ def _check_empty(store: ObjectStore) -> None:
 
 def _check_same(folder: JobFolder, record: JobRecord, spec: JobSpec, complete: bool) -> None:
     """Refuse to resume a job that is not the same; one that is complete needs its input no more."""
-    check_same_job(folder.uri, parse_spec(record.spec, f"the job in {folder.uri}"), spec)
+    stored = parse_spec(record.spec, f"the job in {folder.uri}")
+    check_same_job(folder.uri, stored, spec)
+    check_same_budget(folder.uri, stored, spec)
     if complete:
         return
     planned = [split.file for shard in folder.read_plan(record.plan) for split in shard.splits]
@@ -173,6 +182,8 @@ def _append_changes(folder: JobFolder, record: JobRecord, spec: JobSpec) -> None
         placed={**current.placed, **(placed_options(spec) if spec.workers != stored.workers else {})},
         workers=spec.workers.count if spec.workers.count != stored.workers.count else None,
         usd_per_hour=spec.price.usd_per_hour if spec.price != stored.price else None,
+        max_usd=_changed(stored.budget.max_usd, spec.budget.max_usd),
+        max_worker_hours=_changed(stored.budget.max_worker_hours, spec.budget.max_worker_hours),
     )
     if wanted != current:
 
@@ -180,3 +191,7 @@ def _append_changes(folder: JobFolder, record: JobRecord, spec: JobSpec) -> None
             return replace(wanted, nonce=latest.nonce)
 
         folder.append_control(change)
+
+
+def _changed(stored: float | None, asked: float | None) -> float | None:
+    return None if asked == stored else asked

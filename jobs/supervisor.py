@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from batchinfer.connectors.types import StorageError, TransientStorageError
+from batchinfer.jobs.budget import Allowance, BudgetSpent
 from batchinfer.jobs.claims import LEASE_SECONDS, RENEWALS_PER_LEASE, Claims
 from batchinfer.jobs.clock import Clock, Thread
 from batchinfer.jobs.cost import Ledger, settle, summary
@@ -76,9 +77,10 @@ class Supervisor:
         started_ns: int,
         start_engine: StartEngine,
         pace: Pace,
+        allowance: Allowance | None = None,
     ) -> None:
         """``record`` is the worker's first heartbeat: who it is, and at which price; ``started_ns`` when
-        its process started, on ``clock``."""
+        its process started, on ``clock``; ``allowance`` what it may spend, where the job has a budget."""
         self._folder = folder
         self._clock = clock
         self._pace = pace
@@ -99,6 +101,10 @@ class Supervisor:
         patience = pace.lease / RENEWALS_PER_LEASE
         self._feeder = Feeder(folder, self.bench, self._claims, work, worker, patience)
         self._feeding: Thread | None = None
+        self._allowance = allowance
+        self._buying: Thread | None = None
+        if allowance is not None:
+            self._heartbeat.until = lambda: allowance.until_ns
         self.message = ""
         """Why it stopped, once it has, where somebody should know."""
         self._link: EngineLink | None = None
@@ -111,6 +117,8 @@ class Supervisor:
 
     def run(self) -> int:
         """Work until every shard is committed or something stops the worker; returns the exit code."""
+        if self._allowance is not None and (stopped := self._begin_budget(self._allowance)) is not None:
+            return stopped
         renewing = self._spawn("renewer", self._renewer.run)
         publishing = self._spawn("publisher", self._publisher.run)
         try:
@@ -125,6 +133,19 @@ class Supervisor:
         """Stop admitting rows, save what there is, and leave (SIGTERM)."""
         self._heartbeat.life = Life("draining")
         self.bench.request_stop("drain")
+
+    def _begin_budget(self, allowance: Allowance) -> int | None:
+        """Buy the first slot before anything else: the exit code if that can't be had."""
+        try:
+            if not allowance.begin():
+                self.message = allowance.message
+                return EXIT_STOPPED
+        except StorageError as error:
+            code, self.message = outcome("error", error)
+            return code
+        self._buying = self._spawn("buyer", allowance.keep_buying)
+        self._spawn("watchdog", lambda: allowance.watch(lambda: self.bench.request_stop("budget")))
+        return None
 
     # -- the engine -------------------------------------------------------------------------------
 
@@ -264,7 +285,9 @@ class Supervisor:
 
     def _leave(self, renewing: Thread, publishing: Thread) -> int:
         """Save finished rows and tokens in flight, release the leases, write the last heartbeat."""
-        bench = self.bench
+        bench, allowance = self.bench, self._allowance
+        if allowance is not None:
+            allowance.stop_buying()
         if self._feeding is not None:
             self._feeding.join()
         self._publisher.close()
@@ -272,6 +295,8 @@ class Supervisor:
         self._renewer.close()
         renewing.join()
         code, self.message = outcome(bench.stop, bench.error)
+        if allowance is not None and (bench.stop == "budget" or isinstance(bench.error, BudgetSpent)):
+            self.message = allowance.message
         state: WorkerState = "failed" if code in (EXIT_INTERNAL, EXIT_JOB) else "left"
         self._heartbeat.life = Life(state, code, self.message)
         try:
@@ -280,6 +305,11 @@ class Supervisor:
                     self._claims.release(shard.lease)
             self._heartbeat.beat()
             self._summarise()
+            if allowance is not None and self._buying is not None:
+                self._buying.join()
+                allowance.settle(code)
+        except BudgetSpent:
+            code = EXIT_STOPPED
         except StorageError as error:
             logger.error("the last words could not be written: %s", error)
             code = code or EXIT_RETRY
@@ -313,6 +343,8 @@ def outcome(stop: StopReason | None, error: BaseException | None) -> tuple[int, 
         return EXIT_RETRY, ""
     if stop == "cancel":
         return EXIT_STOPPED, "the job was cancelled"
+    if stop == "budget" or isinstance(error, BudgetSpent):
+        return EXIT_STOPPED, ""
     if isinstance(error, TransientStorageError):
         return EXIT_RETRY, str(error)
     if isinstance(error, JobError | StorageError):

@@ -80,10 +80,11 @@ def status_lines(status: JobStatus) -> list[str]:
     done = status.rows_answered + status.rows_failed
     share = done / status.rows if status.rows else 1.0
     filled = int(_BAR * share)
+    state = "out of budget" if status.state == "budget" else status.state
     lines = [
         _line(status.name or "job", status.uri),
         _line(
-            status.state,
+            state,
             f"{'█' * filled}{'░' * (_BAR - filled)} {share:6.1%}  {done:,} of {status.rows:,} rows, "
             f"{status.shards_done:,} of {status.shards:,} shards",
         ),
@@ -106,6 +107,13 @@ def status_lines(status: JobStatus) -> list[str]:
         expected = status.usd / share if share else None
         more = f", about {money(expected)} at the end" if expected and not status.over else ""
         lines.append(_line("spent", f"{money(status.usd)}{more}"))
+    limits = []
+    if status.max_usd is not None:
+        limits.append(f"at most {money(status.max_usd)}")
+    if status.max_worker_hours is not None:
+        limits.append(f"{status.worker_hours:.3g} of at most {status.max_worker_hours:.3g} worker-hours")
+    if limits:
+        lines.append(_line("budget", ", ".join(limits)))
     workers = f"{status.workers_alive} alive"
     if status.eta_seconds is not None:
         workers += f", done in about {duration(status.eta_seconds)}"

@@ -18,7 +18,7 @@ from batchinfer.jobs.records import Failure, input_as_json
 from batchinfer.jobs.samples import NOTHING, Finished, Flight, Partial, SampleKey, charges_after
 from batchinfer.jobs.suspects import DEATHS_ALONE, Suspects
 
-StopReason = Literal["done", "drain", "cancel", "error"]
+StopReason = Literal["done", "drain", "cancel", "budget", "error"]
 
 Unsaved = tuple[OpenShard, list[Finished], list[Failure], Flight]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import secrets
 import signal
 import socket
@@ -19,7 +20,8 @@ from batchinfer.connectors.readers import read_batches
 from batchinfer.connectors.storage import open_store
 from batchinfer.connectors.types import Split, StorageError, TransientStorageError
 from batchinfer.engine.config import EngineConfig
-from batchinfer.jobs.clock import SystemClock
+from batchinfer.jobs.budget import Allowance, Slots, cap_of
+from batchinfer.jobs.clock import Clock, SystemClock
 from batchinfer.jobs.columns import passed_columns
 from batchinfer.jobs.engine_process import EngineProcess, Load
 from batchinfer.jobs.failure_limit import FailureLimit
@@ -90,14 +92,16 @@ def _run(job_uri: str, usd_per_hour: float | None, index: int | None, started_ns
     load = Load(
         engine_config(spec), spec.model.source, {**storage, **spec.storage_options()}, record.fingerprint
     )
+    first = _first_heartbeat(_price(usd_per_hour, control, spec), index)
     supervisor = Supervisor(
         folder,
         clock,
         work,
-        _first_heartbeat(_price(usd_per_hour, control, spec), index),
+        first,
         started_ns,
         lambda deliver: EngineProcess(load, deliver),
         Pace(**json.loads(os.environ.get(PACE, "{}"))),
+        _allowance(folder, clock, record, first, started_ns) if cap_of(control, record).limited else None,
     )
     _drain_on_signals(supervisor)
     if PARENT in os.environ:
@@ -144,6 +148,22 @@ def engine_config(spec: JobSpec) -> EngineConfig:
     )
     share = os.environ.get(MEMORY_SHARE)
     return config if share is None else replace(config, memory_share=float(share))
+
+
+def _allowance(
+    folder: JobFolder, clock: Clock, record: JobRecord, first: WorkerRecord, started_ns: int
+) -> Allowance:
+    """What the worker that begins with this heartbeat may spend of the job's budget."""
+    price = record.spec.get("price", {}).get("usd_per_hour")
+    return Allowance(
+        Slots(folder, record.slot_ns, price, random.Random()),
+        clock,
+        first.worker,
+        first.usd_per_hour,
+        started_ns,
+        lambda: cap_of(folder.read_control(), record),
+        os._exit,
+    )
 
 
 def _price(asked: float | None, control: Control, spec: JobSpec) -> float | None:

@@ -23,6 +23,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import simulated_budget
 from simulated_engine import SimEngine, crashing, rejected, stalling, unreadable, unrendered, words
 from simulated_retry import PlainStore, begin_round, check_rounds, heals
 from simulated_store import CALLS, FAULTS, FaultPlan, Faults, SimStore
@@ -31,6 +32,7 @@ from simulated_world import SECOND, Broken, Process, SimClock, World
 from batchinfer.connectors.batches import RowBatch
 from batchinfer.connectors.types import BadRow, InputFile, Split, TransientStorageError
 from batchinfer.engine.types import SamplingParams
+from batchinfer.jobs.budget import BudgetSpent
 from batchinfer.jobs.columns import output_schema
 from batchinfer.jobs.cost import settle
 from batchinfer.jobs.failure_limit import NO_LIMIT, FailureLimit, JobStopped
@@ -62,6 +64,7 @@ class Simulation:
     capacity: int = 8
     read_ahead: int = 5
     poison: bool = False
+    budget: simulated_budget.Budget | None = None
     world: World = field(init=False)
     engine_deaths: int = 0
     stops: int = 0
@@ -76,6 +79,9 @@ class Simulation:
         self.supervisors: dict[str, Supervisor] = {}
         self._failures_left = 2
         self.rounds = 0
+        self.prices: dict[str, float] = {}
+        if self.budget is not None:
+            self.budget.begin(self.workers)
         file = InputFile("sim://input", 1, "", "jsonl", "none")
         names = [ShardName(0, index, self.shards) for index in range(self.shards)]
         self.job = {
@@ -115,6 +121,7 @@ class Simulation:
         self._check_workers()
         self._check_rows()
         self._check_cost()
+        simulated_budget.check_budget(self)
         return self
 
     # -- what happens
@@ -145,7 +152,7 @@ class Simulation:
                     self.world.pause(5 * SECOND)
                 self._control("run", {"max_share": 1.0, "after_rows": 1})
             while len([1 for process in self.processes if process.ended_ns is None]) < self.workers:
-                if self._all_done():
+                if self._all_done() or simulated_budget.is_used_up(self):
                     break
                 self._start(chance.randrange(0, 60 * SECOND))
         while any(process.ended_ns is None for process in self.processes):
@@ -167,6 +174,7 @@ class Simulation:
     def _start(self, delay: int) -> None:
         process = Process(f"w{len(self.processes):02d}", self.world.now_ns + delay)
         self.processes.append(process)
+        self.prices[process.name] = self.world.chance.choice([2.0, 2.0, 1.0, 3.0]) if self.budget else 2.0
 
         def main() -> None:
             self.world.pause(max(0, process.started_ns - self.world.now_ns))
@@ -192,7 +200,12 @@ class Simulation:
             limit=self.limit if self.poison else NO_LIMIT,  # without poison nothing disturbs
         )
         record = WorkerRecord(
-            worker=process.name, state="starting", beat=0, usd_per_hour=2.0, bill=Bill(), started=""
+            worker=process.name,
+            state="starting",
+            beat=0,
+            usd_per_hour=self.prices[process.name],
+            bill=Bill(),
+            started="",
         )
         supervisor = Supervisor(
             folder,
@@ -202,13 +215,14 @@ class Simulation:
             process.started_ns,
             lambda deliver: SimEngine(self.world, process, deliver, self),
             Pace(flush=10.0, stall=200.0, read_ahead=self.read_ahead, engine_restarts=3),
+            simulated_budget.allowance(self, process, folder),
         )
         self.supervisors[process.name] = supervisor
         code = supervisor.run()
         if isinstance(supervisor.bench.error, JobStopped):
             return code
         supervisor.bench.check()
-        if supervisor.bench.error is not None:
+        if supervisor.bench.error is not None and not isinstance(supervisor.bench.error, BudgetSpent):
             raise supervisor.bench.error
         return code
 
@@ -327,6 +341,12 @@ class Simulation:
         self.records = records
 
 
+def a_budget(chance: random.Random) -> simulated_budget.Budget:
+    return simulated_budget.Budget(
+        chance.choice([30.0, 200.0, 1000.0, 5000.0]), chance.choice(["time", "usd", "both"])
+    )
+
+
 def from_seed(seed: int) -> Simulation:
     """The simulation that a seed stands for: its size, its faults, and everything that happens."""
     chance = random.Random(f"shape {seed}")
@@ -358,6 +378,7 @@ def from_seed(seed: int) -> Simulation:
         capacity=chance.choice([2, 8, 100]),
         read_ahead=chance.choice([1, 5, 100]),
         poison=chance.random() < 0.4,
+        budget=a_budget(chance) if "budget" in call or chance.random() < 0.25 else None,
     )
 
 

@@ -22,7 +22,7 @@ CALLS = (
     *("put failures", "create part", "head part", "get part", "list part"),
     *("put workers", "head workers", "list workers", "get workers"),
     *("list control", "get control", "put summary.json", "read input"),
-    *("list rounds", "get rounds"),
+    *("list rounds", "get rounds", "list budget", "create budget", "get budget"),
 )
 
 

@@ -225,7 +225,8 @@ class World:
 
     def kill(self, process: Process) -> None:
         process.alive = False
-        process.ended_ns = self.now_ns
+        if process.ended_ns is None:  # its last threads may outlive it for a call
+            process.ended_ns = self.now_ns
         for thread in process.threads:
             if not thread.done and thread is not self.current:
                 self.schedule(thread, 0)

@@ -122,7 +122,11 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     "out of range": (lambda path: ["sampling.top_p=3"], ["sampling.top_p", "3"]),
     "two prompts": (lambda path: ["prompt_column=text"], ["exactly one of", "prompt and prompt_column"]),
     "unknown backend": (lambda path: ["workers.backend=cloud"], ["workers.backend", "'cloud'", "local"]),
-    "a budget": (lambda path: ["budget.max_usd=1"], ["budget.max_usd", "remove it"]),
+    "a budget without a price": (
+        lambda path: ["budget.max_usd=1"],
+        ["budget.max_usd", "price.usd_per_hour", "budget.max_worker_hours"],
+    ),
+    "a budget of nothing": (lambda path: ["budget.max_worker_hours=0"], ["budget.max_worker_hours", "0"]),
     "a credential": (
         lambda path: ["storage.'s3://x/'.secret=abc"],
         ["storage.s3://x/.secret", "credential", "environment"],

@@ -265,6 +265,29 @@ def test_failed_rows_are_retried_by_their_code(setting: Setting, monkeypatch: py
     assert setting.submit("--json").document["state"] == "done"
 
 
+def test_a_job_stops_at_its_budget_and_goes_on_when_that_is_raised(setting: Setting) -> None:
+    given = setting.input(40)
+    setting.slow(0.4)
+    budget = {"max_worker_hours": 8 / 3600, "max_usd": 1.0}
+    ran = setting.submit("--wait", "--json", code=77, budget=budget)
+    assert ran.document["state"] == "budget"
+    assert ran.document["rows_answered"] < 40
+    assert ran.document["bill"]["nanoseconds"]["total"] <= 8 * 10**9
+    assert "budget.max_worker_hours 0.00222222" in ran.document["message"]
+    assert "out of budget" in setting.run("status", setting.out).stderr
+    before = setting.rows()["row_index"].to_pylist() if list(Path(setting.out).glob("*.parquet")) else []
+    assert len(before) == len(set(before))
+    ran = setting.submit("--wait", "--json", code=77, budget=budget)
+    assert ran.document["state"] == "budget"
+    setting.slow(0.0)
+    ran = setting.submit("--wait", "--json", budget={"max_worker_hours": 1.0, "max_usd": 1.0})
+    assert ran.document["state"] == "done"
+    setting.check(given)
+    job = batchinfer.Job(setting.out)
+    job.bill().check()
+    assert 1.0 > job.status().worker_hours > 0
+
+
 def test_a_row_group_that_can_not_be_read_costs_only_its_rows(setting: Setting) -> None:
     given = setting.input(100)
     path = setting.path / "in.parquet"

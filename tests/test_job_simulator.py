@@ -36,9 +36,9 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-def run(seed: int) -> Any:
+def run(seed: int, **changes: Any) -> Any:
     try:
-        return simulator.from_seed(seed).run()
+        return replace(simulator.from_seed(seed), **changes).run()
     except Exception as error:
         raise AssertionError(
             f"seed {seed}: {error}; see it again with: python tests/job_simulator.py {seed} --trace"
@@ -111,7 +111,7 @@ def test_undisturbed_nothing_but_help_is_wasted_and_no_lease_changes_hands(seed:
         simulator.Faults(lost_reply=0.1, error=0.05),
     ):
         simulation = replace(
-            simulator.from_seed(seed), faults=faults, drains=0, cancels=0, poison=False
+            simulator.from_seed(seed), faults=faults, drains=0, cancels=0, poison=False, budget=None
         ).run()
         keys = [key for key in simulation.world.objects if "/claims/" in key]
         assert not [key for key in keys if not key.endswith("0001.json")]
@@ -139,6 +139,7 @@ def test_undisturbed_a_poison_row_costs_a_bounded_number_of_engines(seed: int) -
         faults=simulator.Faults(),
         drains=0,
         cancels=0,
+        budget=None,
         poison=True,
         workers=1,
         capacity=capacity,
@@ -153,7 +154,7 @@ def test_undisturbed_a_poison_row_costs_a_bounded_number_of_engines(seed: int) -
 @pytest.mark.parametrize("seed", range(25))
 def test_after_a_drain_no_token_is_decoded_again(seed: int) -> None:
     simulation = replace(
-        simulator.from_seed(seed), faults=simulator.Faults(), drains=4, cancels=1, poison=False
+        simulator.from_seed(seed), faults=simulator.Faults(), drains=4, cancels=1, poison=False, budget=None
     ).run()
     if not any("/helper-" in key for key in simulation.world.objects):
         assert simulation.decoded_tokens == total_tokens(simulation)
@@ -163,7 +164,7 @@ def test_drains_are_resumed_from_tokens_in_flight() -> None:
     resumed = 0
     for seed in range(25):
         simulation = replace(
-            simulator.from_seed(seed), faults=simulator.Faults(), drains=4, poison=False
+            simulator.from_seed(seed), faults=simulator.Faults(), drains=4, poison=False, budget=None
         ).run()
         resumed += simulation.resumed_tokens
     assert resumed > 20
@@ -315,7 +316,7 @@ def test_the_simulator_goes_red_for(
     fault(monkeypatch)
     with pytest.raises(AssertionError):
         for seed in range(20):
-            run(seed)
+            run(seed, budget=None)
             test_undisturbed_nothing_but_help_is_wasted_and_no_lease_changes_hands(seed)
             test_after_a_drain_no_token_is_decoded_again(seed)
         test_a_kill_or_a_pause_at_each_single_storage_call(1, "kill_after")

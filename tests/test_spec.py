@@ -114,7 +114,7 @@ def test_asking_for_tokens_asks_for_their_log_probabilities() -> None:
             ["workers.options.kubernetes.env.awsSecretKey", "credential"],
         ),
         ("price.usd_per_hour", -2, ["price.usd_per_hour", "-2"]),
-        ("budget.max_usd", 5.0, ["budget.max_usd", "5.0", "remove it"]),
+        ("budget.max_usd", -5.0, ["budget.max_usd", "-5.0"]),
         ("failures.max_share", 2, ["failures.max_share", "2", "1"]),
         ("storage", {"s3://demo/": {"secret": "x"}}, ["storage.s3://demo/.secret", "credential", "role"]),
         ("storage", {"s3://demo/": {"endpoint": "x"}}, ["storage.s3://demo/.endpoint", "endpoint_url"]),

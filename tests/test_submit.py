@@ -16,6 +16,7 @@ import batchinfer.jobs.plan as planning
 import batchinfer.jobs.submit as submitting
 from batchinfer.connectors.storage import open_store
 from batchinfer.connectors.types import StorageError
+from batchinfer.jobs.budget import Cap, cap_of
 from batchinfer.jobs.folder import JobFolder, ShardName
 from batchinfer.jobs.inspection import InspectedModel
 from batchinfer.jobs.spec import parse_spec
@@ -129,6 +130,28 @@ def test_workers_and_price_may_change(setting: Setting, override: str, control: 
     setting.submit()
     found = setting.folder.read_control()
     assert (found.workers, found.usd_per_hour) == (None, None)
+
+
+def test_the_budget_may_change_and_is_never_forgotten(setting: Setting) -> None:
+    begun = ("budget.max_usd=1", "price.usd_per_hour=2.0", "workers.count=2")
+    setting.submit(*begun)
+    record = setting.folder.read_job()
+    assert record is not None
+    # Two slots for each worker would be more than five minutes, so it is that.
+    assert record.slot_ns == 300_000_000_000
+    setting.submit(*begun, "budget.max_usd=3", "budget.max_worker_hours=2")
+    cap = cap_of(setting.folder.read_control(), record)
+    assert (cap.usd, cap.nanoseconds) == (3.0, 7_200_000_000_000)
+    setting.submit(*begun)
+    assert cap_of(setting.folder.read_control(), record) == Cap(None, 1.0)
+    with pytest.raises(JobError, match=r"budget.max_usd is not set, but .* began with 1.0"):
+        setting.submit("price.usd_per_hour=2.0", "workers.count=2", "budget.max_worker_hours=1")
+
+
+def test_a_job_without_a_budget_or_a_price_gets_none_later(setting: Setting) -> None:
+    setting.submit()
+    with pytest.raises(JobError, match=r"budget.max_worker_hours is 1.0, .* began without a budget"):
+        setting.submit("budget.max_worker_hours=1")
 
 
 @pytest.mark.parametrize(
