@@ -54,8 +54,9 @@ def run_worker(job_uri: str, usd_per_hour: float | None = None, index: int | Non
     """Work on the job at ``job_uri`` until every shard is committed; returns the exit code.
 
     0 done, 75 drained by SIGTERM or a failure that may pass, 78 the job is wrong, 77 stopped by a
-    cancel, 70 internal. ``usd_per_hour`` is this worker's price (default: the job's). ``index`` is the
-    batch service's number of this worker: a hint where to start. To be called from the main thread.
+    cancel or by the budget, 70 internal. ``usd_per_hour`` is this worker's price (default: the job's).
+    ``index`` is the batch service's number of this worker: a hint where to start. To be called from the
+    main thread.
     """
     started_ns = process_started_ns()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
