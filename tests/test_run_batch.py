@@ -168,13 +168,17 @@ def test_a_batch_file_becomes_a_batch_file(run: Callable[..., Ran], environment:
     assert again == lines
 
 
-def test_a_batch_of_nothing_but_errors_is_no_failed_batch(
-    run: Callable[..., Ran], environment: Path
+def test_a_batch_of_almost_nothing_but_errors_is_no_failed_batch(
+    run: Callable[..., Ran], environment: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = written(environment / "in.jsonl.gz", ["junk"] * 300)
+    # The last answer takes long enough for the errors to be seen before.
+    monkeypatch.setenv("FAKE_STEP", "0.2")
+    monkeypatch.setenv("FAKE_TOKENS", "40")
+    source = written(environment / "in.jsonl.gz", [*["junk"] * 301, chat("good")])
     run(*batch(source, "out.jsonl.gz"))
-    lines = lines_of(gzip.decompress((environment / "out.jsonl.gz").read_bytes()))
-    assert [line["error"]["code"] for line in lines] == ["bad_request"] * 300
+    *errors, good = lines_of(gzip.decompress((environment / "out.jsonl.gz").read_bytes()))
+    assert [line["error"]["code"] for line in errors] == ["bad_request"] * 301
+    assert choices_of(good) == [fake_engine.text_of(301, 0)]
 
 
 @pytest.fixture
