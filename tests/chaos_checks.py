@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 SECOND = 1_000_000_000
 CLOCK_TICK_NS = 20_000_000
 """How exactly a process's start is known, twice over."""
-SLACK_NS = 15 * SECOND
-"""How much later than planned a thread may get to something on a busy machine whose store has faults."""
+SLACK_NS = 30 * SECOND
+"""How long a worker's last words, or a heartbeat, may take on a busy machine whose store has faults."""
+CHECKPOINT_SLACK_NS = 10 * SECOND
+"""How long after a token was decoded a checkpoint that reaches the store may still lack it."""
 DRAIN_NS = 25 * SECOND
 _LOST = ("was taken over by another worker", "was committed by another worker")
 _MUTABLE = re.compile(r"/_batchinfer/(workers/|claims/|summary\.json)")
@@ -175,8 +177,8 @@ def _life(run: Run, worker: Worker, workers: list[WorkerRecord]) -> int:
     code = worker.process.returncode
     mine = [record for record in workers if record.pid == worker.pid]
     expected = {0, 75, *([-9] if worker.suffered("kill") else [])}
-    if worker.suffered("term") and not mine:
-        expected.add(-15)  # before Python could say otherwise
+    if worker.suffered("term") and all(record.exit_code is not None for record in mine):
+        expected.add(-15)  # before Python could say otherwise, or when it had left and Python ended
     assert code in expected, f"{worker.pid} left with {code}"
     for at, action in worker.signals:
         if action == "term" and not worker.paused_ns and code == 75:
@@ -199,7 +201,7 @@ def _life(run: Run, worker: Worker, workers: list[WorkerRecord]) -> int:
         renewal = int(_lease_ns() / 4)
         assert tail < renewal + worker.paused_ns + SLACK_NS, f"{tail / SECOND:.1f} s were never seen"
     else:
-        assert record.exit_code == code or code == 75
+        assert record.exit_code == code or code in (75, -15)
         assert tail < worker.paused_ns + SLACK_NS, f"{tail / SECOND:.1f} s were never seen"
     return tail
 
@@ -240,7 +242,7 @@ def _tokens(run: Run, record: JobRecord) -> tuple[int, int]:
             assert worker is not None
             assert worker.suffered("kill", "crash"), f"{what} was decoded again, and nobody was killed"
             saved = checkpoints.get((first.pid, label), [])
-            before = [at for at in saved if at > first.at_ns + SLACK_NS]
+            before = [at for at in saved if at > first.at_ns + CHECKPOINT_SLACK_NS]
             ends = [at for at, action in worker.signals if action in ("kill", "crash")]
             assert not [at for at in before if at < max(ends)], (
                 f"{what} was decoded again after a checkpoint"
