@@ -104,6 +104,8 @@ def token_decoder(spec: JobSpec) -> tuple[Callable[[int], bytes], frozenset[int]
 
 def _check_formats(spec: JobSpec, num_kv_heads: int, head_size: int) -> None:
     """Try the spec's quantization and KV dtype on this machine, whose workers the local backend starts."""
+    if spec.workers.backend != "local":
+        return
     if spec.model.quantize is None and spec.model.kv_dtype in ("auto", "bf16"):
         return
     import torch

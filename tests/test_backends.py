@@ -23,7 +23,7 @@ from batchinfer.jobs.backends import slurm
 from batchinfer.jobs.backends.options import OptionsSpec
 from batchinfer.jobs.backends.request import Active, Place, Request
 from batchinfer.jobs.backends.service import SERVICES
-from batchinfer.jobs.inspection import InspectedModel
+from batchinfer.jobs.inspection import InspectedModel, _check_formats
 from batchinfer.jobs.placement import check_placeable, show_request
 from batchinfer.jobs.spec import parse_spec
 from batchinfer.jobs.spec_source import load_spec
@@ -227,3 +227,14 @@ def test_the_documentation_has_every_option_and_every_example() -> None:
     for path in EXAMPLES:
         assert f"examples/{path.name}" in text
         assert yaml.safe_load(path.read_text())["workers"]["backend"] == path.stem
+
+
+def test_formats_are_tried_here_only_for_workers_of_this_machine() -> None:
+    asked = {**ADDRESSES, "model": {"source": "org/model", "kv_dtype": "fp8"}}
+    for backend in ("local", "slurm"):
+        spec = parse_spec({**asked, "workers": {"gpus": 0, "backend": backend}})
+        if backend == "local":
+            with pytest.raises(JobError, match=r"model\.kv_dtype is 'fp8'"):
+                _check_formats(spec, 2, 64)
+        else:
+            _check_formats(spec, 2, 64)
