@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_jobs import submit_fake_job
 
 from batchinfer.jobs.backends import gcp_batch
-from batchinfer.jobs.backends.request import Active, Request, make_request
+from batchinfer.jobs.backends.request import Active, Place, Request, make_request
 from batchinfer.jobs.spec import parse_spec
 from batchinfer.jobs.types import JobError
 
@@ -165,3 +171,110 @@ def test_what_the_service_refuses_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(batch_v1, "BatchServiceClient", Refusing)
     with pytest.raises(JobError, match=r"Google Cloud Batch refused the job: .*no batch\.jobs\.create"):
         gcp_batch.submit(request())
+
+
+class Task:
+    """One task of a job, run on this machine as the service documents it."""
+
+    def __init__(self, job: Any, index: int, logs: Path) -> None:
+        [group] = job.task_groups
+        self.spec, self.count, self.index = group.task_spec, group.task_count, index
+        self._log = logs / f"task-{index}.log"
+        self.codes: list[int] = []
+        self.preempted = False
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        container = self.spec.runnables[0].container
+        own = {
+            "BATCH_TASK_INDEX": str(self.index),
+            "BATCH_TASK_COUNT": str(self.count),
+            "BATCH_TASK_RETRY_ATTEMPT": str(len(self.codes)),
+        }
+        with self._log.open("ab") as log:
+            return subprocess.Popen(
+                [container.entrypoint, *container.commands],
+                env={**os.environ, **self.spec.environment.variables, **own},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    def preempt(self) -> None:
+        self.preempted = True
+        self.process.kill()
+
+    def over(self) -> bool:
+        """Take in how it ended, and start it again where the one policy says so."""
+        code = self.process.poll()
+        if code is None:
+            return False
+        code = 50001 if self.preempted else code if code >= 0 else 128 - code
+        self.preempted = False
+        self.codes.append(code)
+        [policy] = self.spec.lifecycle_policies
+        retried = code != 0 and code in policy.action_condition.exit_codes
+        if retried and len(self.codes) <= self.spec.max_retry_count:
+            self.process = self._start()
+            return False
+        return True
+
+
+def run_tasks(tasks: list[Task], disturb: Any) -> None:
+    deadline = time.monotonic() + 120
+    left = list(tasks)
+    try:
+        while left:
+            assert time.monotonic() < deadline, [task.codes for task in tasks]
+            disturb()
+            left = [task for task in left if not task.over()]
+            time.sleep(0.05)
+    finally:
+        for task in tasks:
+            task.process.kill()
+            task.process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.chaos
+def test_a_job_goes_through_a_preemption_and_a_drain(
+    s3_seaweed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    asked = {**request().workers.model_dump(mode="json"), "count": 2}
+    made = submit_fake_job(
+        f"{s3_seaweed.uri}/out",
+        tmp_path,
+        monkeypatch,
+        workers=asked,
+        rows=120,
+        shard_rows=6,
+        step=0.15,
+        tokens=8,
+    )
+    wanted = json.dumps(gcp_batch.job(make_request(made.spec, made.uri, 2)))
+    tasks = [Task(batch_v1.Job.from_json(wanted), index, tmp_path) for index in range(2)]
+    disturbed: list[bool] = []
+
+    def disturb() -> None:
+        if not disturbed and len(made.running()) == 2:
+            disturbed.append(True)
+            tasks[0].preempt()
+            tasks[1].process.terminate()
+
+    run_tasks(tasks, disturb)
+    assert [task.codes for task in tasks] == [[50001, 0], [75, 0]]
+    made.check_complete()
+
+
+def test_a_wrong_job_is_not_tried_again(
+    s3_seaweed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    uri = f"{s3_seaweed.uri}/nothing"
+    wrong = json.dumps(
+        gcp_batch.job(Request(Place(uri, request().place.options), 1, request().workers, {}))
+    )
+    task = Task(batch_v1.Job.from_json(wrong), 0, tmp_path)
+    run_tasks([task], lambda: None)
+    assert task.codes == [78]
