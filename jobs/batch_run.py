@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import shutil
 import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -95,8 +96,7 @@ def run_batch(
         _write(output, counts.counted(answer_lines(job)))
         result = BatchResult(status, job.bill(), counts.answered, counts.failed, counts.repeated)
         folder.remove()
-    if protocol_of(folder.uri) == "file":
-        shutil.rmtree(folder.uri, ignore_errors=True)  # its empty folders
+    _remove_empty_folders(folder.uri)
     return result
 
 
@@ -157,6 +157,14 @@ def _local_copy(uri: str, output: str) -> Iterator[str]:
     yield str(copy)
     if JobFolder(open_store(f"{output}.job")).read_job() is None:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_empty_folders(uri: str) -> None:
+    """Stores have no folders but local ones, where those of deleted objects are left."""
+    if protocol_of(uri) == "file":
+        for path, _, _ in os.walk(uri, topdown=False):
+            with suppress(OSError):
+                os.rmdir(path)
 
 
 def _write(output: str, lines: Iterable[AnswerLine]) -> None:

@@ -138,7 +138,12 @@ MIXED = [
 
 def test_a_batch_file_becomes_a_batch_file(run: Callable[..., Ran], environment: Path) -> None:
     source = written(environment / "in.jsonl", MIXED)
+    mine = environment / "out.jsonl.job" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("not the job's")
     ran = run(*batch(source, "out.jsonl", "--json"))
+    assert [path.name for path in mine.parent.iterdir()] == ["mine.txt"]
+    mine.unlink()
     first = (environment / "out.jsonl").read_bytes()
     lines = lines_of(first)
     assert [line["custom_id"] for line in lines] == ["a", "b", None, "c", "d", "e", "too long", "f", "a"]
@@ -158,9 +163,9 @@ def test_a_batch_file_becomes_a_batch_file(run: Callable[..., Ran], environment:
     assert [ran.document[name] for name in ("answered", "failed")] == [5, 4]
     assert ran.document["repeated"] == 1
     assert "custom_id" in ran.err
-    assert sorted(path.name for path in environment.iterdir() if "out" in path.name) == ["out.jsonl"]
 
     run(*batch(source, "out.jsonl"))
+    assert sorted(path.name for path in environment.iterdir() if "out" in path.name) == ["out.jsonl"]
     again = lines_of((environment / "out.jsonl").read_bytes())
     for line in (*lines, *again):
         if line["response"]:
