@@ -1,4 +1,4 @@
-"""Servers of object stores on loopback for the tests that need a bucket."""
+"""Servers of object stores on loopback for the tests that need a bucket; how properties are tested."""
 
 from __future__ import annotations
 
@@ -12,9 +12,19 @@ from pathlib import Path
 from types import ModuleType
 
 import cloud_servers
+import hypothesis
 import pytest
 import s3_server
 from cloud_servers import CloudServer
+
+# The same examples in every run, and however slow the machine is: what fails once fails again.
+hypothesis.settings.register_profile(
+    "repeatable",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("repeatable")
 
 
 @dataclass(frozen=True)

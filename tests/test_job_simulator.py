@@ -317,7 +317,7 @@ def test_the_simulator_goes_red_for(
 ) -> None:
     fault(monkeypatch)
     with pytest.raises(AssertionError):
-        for seed in range(20):
+        for seed in range(30):
             run(seed, budget=None)
             test_undisturbed_nothing_but_help_is_wasted_and_no_lease_changes_hands(seed)
             test_after_a_drain_no_token_is_decoded_again(seed)
