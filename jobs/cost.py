@@ -53,7 +53,8 @@ class Ledger:
 
     def engine_ended(self, now_ns: int, kept_ns: int, state: State) -> None:
         """The engine is gone, and the worker is in ``state``. Of what it charged to samples ``kept_ns``
-        is of use; the rest is waste, and so is what it did since its last report."""
+        is of use, or was told to ``lose`` before; the rest is waste, and so is what it did since its
+        last report."""
         unreported = self._unreported(now_ns)
         self._lost += self._charged - kept_ns + unreported
         self._charged_before += self._charged + unreported

@@ -26,7 +26,8 @@ def lives(draw: st.DrawFn) -> list[tuple[str, int, int]]:
 def test_the_buckets_add_up_to_the_time_since_the_start(events: list[tuple[str, int, int]]) -> None:
     ledger, now = Ledger(START), START
     busy_since: int | None = None
-    free, charged, waste, losable = 0, 0, 0, 0  # busy and not yet charged; charged by this engine
+    free, charged, waste = 0, 0, 0  # busy and not yet charged; charged by this engine
+    losable, lost = 0, 0  # of what it charged to samples
     for what, wait, share in events:
         now += wait
         if busy_since is not None:
@@ -46,11 +47,12 @@ def test_the_buckets_add_up_to_the_time_since_the_start(events: list[tuple[str, 
             ledger.report(charged, waste, now)
             free = 0  # what was not charged by now never will be: it is idle
         elif what == "lose":
-            ledger.lose(losable * share // 100)
-            losable -= losable * share // 100
+            some = losable * share // 100
+            ledger.lose(some)
+            losable, lost = losable - some, lost + some
         else:
-            ledger.engine_ended(now, losable * share // 100, "startup")
-            busy_since, free, charged, waste, losable = None, 0, 0, 0, 0
+            ledger.engine_ended(now, lost + losable * share // 100, "startup")
+            busy_since, free, charged, waste, losable, lost = None, 0, 0, 0, 0, 0
         ledger.check(now)
         assert ledger.bill(now + 7).total == now + 7 - START
 
