@@ -16,8 +16,9 @@ INSTALLED := .venv/installed
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
+# Two at a time, as many tests wait for processes; a file's tests share what is costly to make.
 test: lint
-	$(BIN)/python -m pytest -m "not gpu" $(PYTEST)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile $(PYTEST)
 
 chaos: $(INSTALLED)
 	$(BIN)/python tests/chaos.py --runs $(RUNS) --seed $(SEED)
