@@ -79,17 +79,18 @@ def seaweedfs(folder: Path) -> Iterator[S3Server]:
     command += ["-volume.max=300", "-master.volumeSizeLimitMB=64"]
     command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]  # fixed ports, so two servers would collide
     command += [f"-{name}={port}" for name, port in ports.items()]
-    with _running(command, ports["s3.port"], folder, {"HOME": str(folder)}) as server:
+    server = S3Server(f"http://127.0.0.1:{ports['s3.port']}")
+    with running(command, server.endpoint_url, folder, {"HOME": str(folder)}):
         yield server
 
 
 @contextmanager
 def moto(folder: Path) -> Iterator[S3Server]:
     """moto's S3, which keeps everything in memory; its log goes to ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
     (port,) = free_ports(1)
     command = [sys.executable, "-P", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with _running(command, port, folder, {}) as server:
+    server = S3Server(f"http://127.0.0.1:{port}")
+    with running(command, server.endpoint_url, folder):
         yield server
 
 
@@ -118,20 +119,25 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def _running(
-    command: list[str], port: int, folder: Path, environment: Mapping[str, str]
-) -> Iterator[S3Server]:
-    """The server process once it answers; ended by SIGKILL, as SeaweedFS takes long to leave."""
-    endpoint_url = f"http://127.0.0.1:{port}"
+def running(
+    command: list[str], url: str, folder: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """A server process, from when it answers at ``url``, with its log in ``folder``. It is ended by
+    SIGKILL, as SeaweedFS takes long to leave."""
+    folder.mkdir(parents=True, exist_ok=True)
     log = folder / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=output, env={**os.environ, **environment}, start_new_session=True
+            command,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,
         )
     try:
         while True:
             try:
-                urllib.request.urlopen(endpoint_url, timeout=5).close()
+                urllib.request.urlopen(url, timeout=5).close()
                 break
             except urllib.error.HTTPError:
                 break  # an answer, if only that we may not
@@ -139,7 +145,7 @@ def _running(
                 if process.poll() is not None:
                     raise RuntimeError(f"{command[0]} ended: {log.read_text()[-2000:]}") from None
                 time.sleep(0.05)
-        yield S3Server(endpoint_url)
+        yield
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from s3_server import free_ports
+from s3_server import free_ports, running
 
 AZURITE = "azurite@3.37.0"
 # Azurite's one account; its name and key are part of its documentation.
@@ -71,7 +67,7 @@ def gcs(folder: Path) -> Iterator[CloudServer]:
     url = f"http://127.0.0.1:{port}"
     command = [str(binary), "-scheme", "http", "-backend", "memory", "-host", "127.0.0.1"]
     command += ["-port", str(port), "-external-url", url]
-    with _running(command, f"{url}/storage/v1/b?project=test", folder):
+    with running(command, f"{url}/storage/v1/b?project=test", folder):
         yield gcs_at(url)
 
 
@@ -82,7 +78,7 @@ def azurite(folder: Path) -> Iterator[CloudServer]:
     url = f"http://127.0.0.1:{port}"
     command = [str(_azurite()), "--silent", "--skipApiVersionCheck", "--disableTelemetry"]
     command += ["--location", str(folder), "--blobHost", "127.0.0.1", "--blobPort", str(port)]
-    with _running(command, f"{url}/{ACCOUNT}", folder):
+    with running(command, f"{url}/{ACCOUNT}", folder):
         yield azurite_at(url)
 
 
@@ -99,26 +95,3 @@ def _azurite() -> Path:
         except OSError:  # somebody else was faster
             shutil.rmtree(fresh)
     return binary
-
-
-@contextmanager
-def _running(command: list[str], url: str, folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "server.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-    try:
-        while True:
-            try:
-                urllib.request.urlopen(url, timeout=5).close()
-                break
-            except urllib.error.HTTPError:
-                break  # an answer, if only that we may not
-            except OSError:
-                if process.poll() is not None:
-                    raise RuntimeError(f"{command[0]} ended: {log.read_text()[-2000:]}") from None
-                time.sleep(0.05)
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
