@@ -78,9 +78,9 @@ def install(python: Path, *what: str | Path) -> None:
 
 def source_files(root: Path) -> set[str]:
     """What a package must hold, by its path in it."""
-    found = {f"batchinfer/{path.name}" for path in (root / "batchinfer").glob("*.py")} | {
-        "batchinfer/py.typed"
-    }
+    front = root / "batchinfer"
+    found = {str(path.relative_to(root)) for name in ("*.py", "commands/*.py") for path in front.glob(name)}
+    found.add("batchinfer/py.typed")
     for part in PARTS:
         for suffix in ("py", "cpp", "h"):
             found |= {f"batchinfer/{path.relative_to(root)}" for path in (root / part).rglob(f"*.{suffix}")}

@@ -1,0 +1,39 @@
+"""``batchinfer worker``: what a container runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from batchinfer.commands.frame import AsJson, JobUri, command, emit
+
+
+@command
+def worker(
+    job_uri: JobUri,
+    usd_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="This worker's price; default: the job's.")
+    ] = None,
+    index: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            envvar=[
+                "SLURM_ARRAY_TASK_ID",
+                "JOB_COMPLETION_INDEX",
+                "AWS_BATCH_JOB_ARRAY_INDEX",
+                "BATCH_TASK_INDEX",
+            ],
+            help="The batch service's number of this worker: where to start.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Claim shards and run them until none is left: what a container runs."""
+    from batchinfer.jobs.worker import run_worker
+
+    code = run_worker(job_uri, usd_per_hour=usd_per_hour, index=index)
+    if as_json:
+        emit({"uri": job_uri, "exit_code": code})
+    return code
