@@ -1,0 +1,107 @@
+"""The kernels' C functions and structures, as their sources declare them."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+
+from batchinfer.kernels.cpu.build import Level, build
+
+# The element types' codes in vector.h.
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Cache(ctypes.Structure):
+    """The KV cache, in the layout of cache.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("num_blocks", ctypes.c_int64),
+        ("num_layers", ctypes.c_int32),
+        ("num_kv_heads", ctypes.c_int32),
+        ("head_size", ctypes.c_int32),
+        ("type", ctypes.c_int32),
+    )
+
+
+class Batch(ctypes.Structure):
+    """A step's sequences, of which schedule.h makes its tiles."""
+
+    _fields_ = (
+        ("query_starts", ctypes.c_void_p),
+        ("context_lens", ctypes.c_void_p),
+        ("block_tables", ctypes.c_void_p),
+        ("max_blocks", ctypes.c_int64),
+        ("sequences", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+    )
+
+
+class Rotary(ctypes.Structure):
+    """What rotary_and_store needs beside its tensors: elementwise.cpp."""
+
+    _fields_ = (
+        ("cos_sin", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("q_norm", ctypes.c_void_p),
+        ("k_norm", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("rotated", ctypes.c_int64),
+        ("num_heads", ctypes.c_int32),
+        ("layer", ctypes.c_int32),
+        ("eps", ctypes.c_float),
+    )
+
+
+class Attention(ctypes.Structure):
+    """One layer's attention: attention.cpp's Call."""
+
+    _fields_ = (
+        ("q", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("kv", ctypes.POINTER(Cache)),
+        ("schedule", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+        ("soft_cap", ctypes.c_float),
+        ("type", ctypes.c_int32),
+        ("layer", ctypes.c_int32),
+        ("num_heads", ctypes.c_int32),
+        ("window", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    )
+
+
+_Address, _Int, _Long, _Float = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_CacheAt = ctypes.POINTER(Cache)
+
+# Result and arguments of each function, as its C++ source declares them.
+_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "make_schedule": (_Address, (ctypes.POINTER(Batch),)),
+    "free_schedule": (None, (_Address,)),
+    "split_reads": (_Long, (_Address,)),
+    "attention": (None, (ctypes.POINTER(Attention),)),
+    "rotary_and_store": (None, (_Int, _Address, _Address, ctypes.POINTER(Rotary), _CacheAt, _Int)),
+    "rms_norm": (None, (_Int, *[_Address] * 5, _Long, _Long, _Float, _Int)),
+    "gated_activation": (None, (_Int, _Address, _Address, _Long, _Long, _Int, _Int)),
+    "most_rests": (_Long, (_Long,)),
+    "quantize_rows": (None, (_Int, *[_Address] * 5, _Long, _Long, _Int, _Int)),
+    "finish_rows": (None, (_Int, *[_Address] * 8, _Long, _Long, _Long, _Int)),
+    "sample": (None, (*[_Address] * 5, _Long, _Long, _Int)),
+}
+
+
+class Library:
+    """The kernels' functions, by their C names less the prefix."""
+
+    def __init__(self, level: Level | None) -> None:
+        library = build(level)
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, f"batchinfer_{name}")
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name, function)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
