@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from s3_server import free_ports
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel")
 NODES = ("n1", "n2")
 
@@ -109,7 +111,7 @@ def _name(process: int) -> str:
 @contextlib.contextmanager
 def cluster(folder: Path, max_array_size: int) -> Iterator[Cluster]:
     """Start a cluster with its files in ``folder``, and end it with everything that runs on it."""
-    ports = _free_ports(3)
+    ports = free_ports(3)
     key, sock = folder / "munge.key", folder / "munge.socket"
     key.write_bytes(secrets.token_bytes(1024))
     key.chmod(0o600)
@@ -172,14 +174,6 @@ def _until(condition: object, what: str, folder: Path) -> None:
         time.sleep(0.2)
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for item in sockets:
-            item.bind(("127.0.0.1", 0))
-        return [int(item.getsockname()[1]) for item in sockets]
-
-
 def _configuration(folder: Path, sock: Path, ports: list[int], max_array_size: int) -> str:
     host, user = socket.gethostname().partition(".")[0], getpass.getuser()
     nodes = [
@@ -194,7 +188,8 @@ def _configuration(folder: Path, sock: Path, ports: list[int], max_array_size: i
             f"SlurmUser={user}",
             f"SlurmdUser={user}",
             "AuthType=auth/munge",
-            f"AuthInfo=socket={sock}",
+            # A credential of a few seconds: a requeued job waits for as long as one lives.
+            f"AuthInfo=socket={sock},cred_expire=5",
             f"StateSaveLocation={folder}/state",
             f"SlurmdSpoolDir={folder}/spool.%n",
             f"SlurmctldPidFile={folder}/slurmctld.pid",
@@ -208,7 +203,7 @@ def _configuration(folder: Path, sock: Path, ports: list[int], max_array_size: i
             "SelectType=select/cons_tres",
             "SelectTypeParameters=CR_CPU",
             "SchedulerType=sched/backfill",
-            "SchedulerParameters=batch_sched_delay=0,sched_min_interval=0",
+            "SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=1,bf_interval=1",
             "MinJobAge=600",
             "KillWait=30",
             "ReturnToService=2",
