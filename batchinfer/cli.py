@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import typer
 
 from batchinfer.commands.cancel import cancel
+from batchinfer.commands.frame import TRANSIENT
 from batchinfer.commands.plan import plan
 from batchinfer.commands.results import results
 from batchinfer.commands.retry import retry
@@ -34,6 +38,8 @@ bench.command()(throughput)
 
 def main() -> None:
     """Run the command line; leaves with the exit code."""
+    if os.getpid() == 1:  # of a container: the kernel drops signals that it has no handler for
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(TRANSIENT))
     app()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from batchinfer.engine.config import EngineConfig
 from batchinfer.jobs.link import Ended, FromEngine, ToEngine
-from batchinfer.jobs.processes import child_environment, python_command
+from batchinfer.jobs.processes import bury_orphans, child_environment, python_command
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,7 @@ class EngineProcess:
                 break
             self._deliver(message)
         code = self._process.wait()
+        bury_orphans()
         self._deliver(Ended(_how(code)))
 
 

@@ -27,6 +27,7 @@ from batchinfer.jobs.engine_process import EngineProcess, Load
 from batchinfer.jobs.failure_limit import FailureLimit
 from batchinfer.jobs.feeder import Work
 from batchinfer.jobs.folder import JobFolder, ShardName
+from batchinfer.jobs.health import show_life
 from batchinfer.jobs.processes import (
     MEMORY_SHARE,
     PARENT,
@@ -62,6 +63,7 @@ def run_worker(job_uri: str, usd_per_hour: float | None = None, index: int | Non
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda *_: os._exit(EXIT_RETRY))  # nothing is there to be saved yet
+    show_life()
     try:
         return _run(job_uri, usd_per_hour, index, started_ns)
     except TransientStorageError as error:

@@ -1,4 +1,7 @@
-"""The C++ kernels as a shared library: built by the system's compiler at first use, then cached."""
+"""The C++ kernels as a shared library: shipped beside their sources, else built at first use and cached.
+
+python -m batchinfer.kernels.cpu.build      # build each level beside the sources, as an image does
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,13 @@ Level = Literal["avx2", "avx512", "avx512_bf16"]
 _FEATURES: dict[Level, tuple[str, ...]] = {
     "avx2": ("avx2", "fma", "f16c"),
     "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
-    "avx512_bf16": ("avx512_bf16",),
+    "avx512_bf16": ("avx512_bf16", "avx512_vnni"),
 }
 # No contraction: a * b + c must round in the same way wherever the compiler places it.
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden")
+
+# Libraries that were built with the package: machines that use them need no compiler.
+SHIPPED = Path(__file__).parent / "shipped"
 
 
 def cpu_flags() -> frozenset[str]:
@@ -72,7 +78,8 @@ def compiler() -> list[str]:
 
 
 def build(level: Level | None = None) -> ctypes.CDLL:
-    """The kernels' library for ``level`` (None: the best this CPU runs), built where the cache lacks it.
+    """The kernels' library for ``level`` (None: the best this CPU runs): the shipped one if its sources
+    are ours, else the cache's, built where that lacks it.
 
     Of several processes that need it at once one builds and the others wait for it. Raises
     KernelsUnavailable when the CPU is too old, there is no compiler, or the build fails.
@@ -83,27 +90,60 @@ def build(level: Level | None = None) -> ctypes.CDLL:
     level = level or able[-1]
     if level not in able:
         raise KernelsUnavailable(f"this CPU runs {', '.join(able)}, but not {level}.")
-    sources = sorted(Path(__file__).parent.glob("*.cpp"))
-    headers = sorted(Path(__file__).parent.glob("*.h"))
-    command = [*compiler(), *_FLAGS, *_target_flags(level)]
-    key = hashlib.sha256()
-    for part in (" ".join(command), _version(command[0]), *(p.read_text() for p in sources + headers)):
-        key.update(part.encode())
-        key.update(b"\0")
-    library = cache_folder() / f"kernels-{level}-{key.hexdigest()[:24]}.so"
+    library = _shipped(level)
     if not library.exists():
-        try:
-            with _locked(library):
-                if not library.exists():
-                    _compile(command, sources, library)
-        except OSError as error:
-            raise KernelsUnavailable(
-                f"the cache {library.parent} can't be written ({error.strerror}); set BATCHINFER_CACHE."
-            ) from error
+        library = _cached(level)
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise KernelsUnavailable(f"the built kernels can't be loaded: {error}.") from error
+
+
+def ship() -> list[Path]:
+    """Build every level, whatever this CPU runs, beside the sources; returns the libraries."""
+    SHIPPED.mkdir(exist_ok=True)
+    libraries = []
+    for level in get_args(Level):
+        libraries.append(_shipped(level))
+        _compile([*compiler(), *_flags(level)], libraries[-1])
+    return libraries
+
+
+def _shipped(level: Level) -> Path:
+    return SHIPPED / f"kernels-{level}-{_digest(*_flags(level))}.so"
+
+
+def _cached(level: Level) -> Path:
+    """The library in the cache, built unless it is there."""
+    command = [*compiler(), *_flags(level)]
+    library = cache_folder() / f"kernels-{level}-{_digest(*command, _version(command[0]))}.so"
+    if not library.exists():
+        try:
+            with _locked(library):
+                if not library.exists():
+                    _compile(command, library)
+        except OSError as error:
+            raise KernelsUnavailable(
+                f"the cache {library.parent} can't be written ({error.strerror}); set BATCHINFER_CACHE."
+            ) from error
+    return library
+
+
+def _sources(kind: str) -> list[Path]:
+    return sorted(Path(__file__).parent.glob(kind))
+
+
+def _digest(*parts: str) -> str:
+    """Names what is built from the sources with what ``parts`` say."""
+    key = hashlib.sha256()
+    for part in (*parts, *(path.read_text() for path in _sources("*.cpp") + _sources("*.h"))):
+        key.update(part.encode())
+        key.update(b"\0")
+    return key.hexdigest()[:24]
+
+
+def _flags(level: Level) -> list[str]:
+    return [*_FLAGS, *_target_flags(level)]
 
 
 def _target_flags(level: Level) -> list[str]:
@@ -125,8 +165,9 @@ def _locked(library: Path) -> Iterator[None]:
         yield
 
 
-def _compile(command: list[str], sources: list[Path], library: Path) -> None:
+def _compile(command: list[str], library: Path) -> None:
     """Compile the sources side by side and publish the linked library at ``library``."""
+    sources = _sources("*.cpp")
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as name:
         folder = Path(name)
         objects = [folder / f"{source.stem}.o" for source in sources]
@@ -147,3 +188,8 @@ def _run(command: list[str]) -> None:
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
         raise KernelsUnavailable(f"{command[0]} failed: {lines[0] if lines else done.returncode}.")
+
+
+if __name__ == "__main__":
+    for path in ship():
+        print(path)
