@@ -48,7 +48,7 @@ class S3Server:
             aws_secret_access_key=SECRET_KEY,
             region_name=REGION,
         )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while True:
             try:
                 client.create_bucket(Bucket=name)

@@ -236,7 +236,7 @@ class Running:
     service: BatchService
     url: str
 
-    def wait(self, seconds: float = 120) -> None:
+    def wait(self, seconds: float = 240) -> None:
         """Until every job has ended."""
         deadline = time.monotonic() + seconds
         while not all(job.status in ENDED for job in self.service.jobs.values()):

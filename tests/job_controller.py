@@ -238,7 +238,7 @@ class Controller:
             status.write_text(json.dumps(job.status()))
             status.rename(self.folder / f"{name}.status")
 
-    def wait(self, seconds: float = 120) -> None:
+    def wait(self, seconds: float = 240) -> None:
         """Until all Jobs are over."""
         deadline = time.monotonic() + seconds
         while not (self.jobs and all(job.over for job in self.jobs.values())):

@@ -43,7 +43,7 @@ class Cluster:
 
     def run(self, *command: str) -> str:
         done = subprocess.run(
-            command, env={**os.environ, **self.environment}, capture_output=True, text=True, timeout=60
+            command, env={**os.environ, **self.environment}, capture_output=True, text=True, timeout=240
         )
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
@@ -167,7 +167,7 @@ def _idle(cluster: Cluster) -> int:
 
 def _until(condition: object, what: str, folder: Path) -> None:
     assert callable(condition)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not condition():
         said = "".join(path.read_text(errors="replace")[-500:] for path in folder.glob("*.out"))
         assert time.monotonic() < deadline, f"waited in vain for {what}: {said}"

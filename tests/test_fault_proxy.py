@@ -165,7 +165,7 @@ def test_submit_refuses_a_store_that_ignores_conditions(unconditional: str, tmp_
         python_command("batchinfer", "submit", str(tmp_path / "job.json"), "--json"),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert ran.returncode == 78, ran.stderr
     [sentence] = [line for line in ran.stderr.splitlines() if line.strip()]

@@ -221,7 +221,7 @@ class Task:
 
 
 def run_tasks(tasks: list[Task], disturb: Any) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     left = list(tasks)
     try:
         while left:

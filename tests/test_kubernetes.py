@@ -31,7 +31,7 @@ from batchinfer.jobs.types import JobError
 VERSIONS = ("1.30", "1.33", "1.37")
 
 
-def until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
+def until(condition: Callable[[], object], what: str, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain for {what}"

@@ -143,7 +143,7 @@ def test_processes_share_one_copy(cache: Path, tmp_path: Path, monkeypatch: pyte
     ]
     for process in processes:
         process.start()
-    found = [results.get(timeout=30) for _ in processes]
+    found = [results.get(timeout=240) for _ in processes]
     for process in processes:
         process.join()
     assert len({path for path, _ in found}) == 1

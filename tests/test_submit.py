@@ -283,7 +283,7 @@ def test_of_two_submits_at_once_one_makes_the_job(
     real = JobFolder.create_job
 
     def together(folder: JobFolder, record: Any) -> bool:
-        barrier.wait(timeout=30)
+        barrier.wait(timeout=240)
         return real(folder, record)
 
     monkeypatch.setattr(JobFolder, "create_job", together)

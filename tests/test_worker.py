@@ -36,7 +36,7 @@ from batchinfer.jobs.supervisor import EngineGone, outcome
 from batchinfer.jobs.types import JobError, Shard
 
 FAKE = Path(__file__).with_name("fake_engine.py")
-WAIT = 60.0
+WAIT = 240.0
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = WAIT) -> None:
