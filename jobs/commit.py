@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def footer_of(
         failed_rows=len(failures),
         retried_rows=len(failures) + len({item.index for item in done}) if retry else 0,
         failures=nonce if failures else None,
+        codes=dict(Counter(failure.code for failure in failures.values())),
         nanoseconds=nanoseconds,
         prompt_tokens=sum(item.prompt_tokens for item in done),
         cached_tokens=sum(item.cached_tokens for item in done),

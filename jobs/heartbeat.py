@@ -11,7 +11,7 @@ from batchinfer.jobs.claims import RENEWALS_PER_LEASE, Claims
 from batchinfer.jobs.clock import Clock
 from batchinfer.jobs.failure_limit import JobStopped
 from batchinfer.jobs.folder import JobFolder
-from batchinfer.jobs.health import show_life
+from batchinfer.jobs.history import Moment, extended
 from batchinfer.jobs.records import WorkerRecord, WorkerState
 from batchinfer.jobs.workbench import Workbench
 
@@ -53,17 +53,20 @@ class Heartbeat:
             if self.until is not None and now > self.until():
                 raise BudgetSpent("what the worker has bought is used up")
             self._writing = True
+            bench, bill = self._bench, self._bench.ledger.bill(now)
+            done = (bench.rows_done, bench.prompt_tokens, bench.cached_tokens, bench.completion_tokens)
             self._record = replace(
                 self._record,
                 state=self.life.state,
                 exit_code=self.life.exit_code,
                 message=self.life.message,
                 beat=self._record.beat + 1,
-                bill=self._bench.ledger.bill(now),
-                rows_done=self._bench.rows_done,
-                prompt_tokens=self._bench.prompt_tokens,
-                cached_tokens=self._bench.cached_tokens,
-                completion_tokens=self._bench.completion_tokens,
+                bill=bill,
+                rows_done=bench.rows_done,
+                prompt_tokens=bench.prompt_tokens,
+                cached_tokens=bench.cached_tokens,
+                completion_tokens=bench.completion_tokens,
+                history=extended(self._record.history, Moment(bill.total, *done)),
             )
         try:
             self._folder.write_worker(self._record)
@@ -108,10 +111,10 @@ class Renewer:
 
     def run(self) -> None:
         """Show that the worker is there, then renew until closed. While the engine is stalled nothing is
-        renewed, so others may take over, and whoever probes the container sees no life."""
+        renewed, so others may take over."""
         self._heartbeat.beat()
         while self._wait():
-            if not (stalled := self._stalled()):
+            if not self._stalled():
                 with self._bench.changed:
                     shards = list(self._bench.open.values())
                 for shard in shards:
@@ -120,8 +123,6 @@ class Renewer:
                         logger.warning("shard %s was taken over by another worker", shard.name.label)
                         self._bench.lose(shard)
             self._heartbeat.beat()
-            if not stalled:
-                show_life()
             control = self._folder.read_control()
             if control.state == "cancel":
                 self._bench.request_stop("cancel")

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from batchinfer.connectors.types import InputFile, Split
+from batchinfer.jobs.history import Moment
 from batchinfer.jobs.types import JobError, Shard
 
 PROTOCOL = 1
@@ -178,7 +179,8 @@ class WorkerRecord:
 
     ``beat`` counts the rewrites. ``usd_per_hour`` is its price, ``bill`` its time by bucket up to this
     heartbeat. ``rows_done`` counts rows it finished, ``prompt_tokens`` and ``completion_tokens`` their
-    tokens. ``exit_code`` and ``message`` are set when it leaves. ``index`` is the batch service's.
+    tokens, ``history`` the same at earlier moments. ``exit_code`` and ``message`` are set when it leaves.
+    ``index`` is the batch service's.
     """
 
     worker: str
@@ -196,6 +198,7 @@ class WorkerRecord:
     cached_tokens: int = 0
     exit_code: int | None = None
     message: str = ""
+    history: tuple[Moment, ...] = ()
 
     def to_bytes(self) -> bytes:
         """The record as JSON."""
@@ -205,7 +208,8 @@ class WorkerRecord:
     def from_bytes(cls, data: bytes) -> WorkerRecord:
         """The inverse of :meth:`to_bytes`."""
         values = json.loads(data)
-        return cls(bill=Bill(**values.pop("bill")), **values)
+        history = tuple(Moment(*moment) for moment in values.pop("history"))
+        return cls(bill=Bill(**values.pop("bill")), history=history, **values)
 
 
 _PLAN_SCHEMA = pa.schema(
@@ -324,9 +328,9 @@ class PartFooter:
     """What a part's Parquet footer says about its commit, under the key ``batchinfer``.
 
     ``failures`` is the nonce of the failures object that counts, or None; ``rows`` counts the part's
-    rows, ``failed_rows`` those of the failures object, ``retried_rows`` those that had failed before: all
-    of a retry round's. ``nanoseconds`` is what each worker charged to the part's rows. Tokens, nanoseconds
-    and USD (0 where no price is known) are summed over the rows.
+    rows, ``failed_rows`` those of the failures object, ``codes`` the same by code, ``retried_rows`` those
+    that had failed before: all of a retry round's. ``nanoseconds`` is what each worker charged to the
+    part's rows. Tokens, nanoseconds and USD (0 where no price is known) are summed over the rows.
     """
 
     nonce: str
@@ -335,6 +339,7 @@ class PartFooter:
     failed_rows: int = 0
     retried_rows: int = 0
     failures: str | None = None
+    codes: Mapping[str, int] = field(default_factory=dict)
     nanoseconds: Mapping[str, int] = field(default_factory=dict)
     prompt_tokens: int = 0
     cached_tokens: int = 0

@@ -160,7 +160,7 @@ def _chosen(
             "under another output.uri, or name the codes to retry with --code"
         )
     return [
-        FailedRow(row, shard.part, failure.attempts)
+        FailedRow(row, shard.part, failure.attempts, failure.code)
         for row, (shard, failure) in failed.items()
         if failure.code in wanted
     ]

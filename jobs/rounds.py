@@ -20,6 +20,7 @@ _SCHEMA = pa.schema(
         ("row_index", pa.int64()),
         ("part", pa.dictionary(pa.int32(), pa.string())),
         ("attempts", pa.int32()),
+        ("code", pa.dictionary(pa.int32(), pa.string())),
     ]
 )
 
@@ -27,11 +28,12 @@ _SCHEMA = pa.schema(
 @dataclass(frozen=True, slots=True)
 class FailedRow:
     """A reference to a failed row of a committed part: the row's position in the whole input, the part
-    that names its failure, and how often it was tried until then."""
+    that names its failure, how often it was tried until then, and the code that it failed with."""
 
     row_index: int
     part: str
     attempts: int
+    code: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ class RoundPlan:
             pa.array([row.row_index for _, row in numbered], pa.int64()),
             pa.array([row.part for _, row in numbered], pa.string()).dictionary_encode(),
             pa.array([row.attempts for _, row in numbered], pa.int32()),
+            pa.array([row.code for _, row in numbered], pa.string()).dictionary_encode(),
         ]
         table = pa.Table.from_arrays(columns, schema=_SCHEMA)
         return table_to_bytes(table.replace_schema_metadata({"nonce": self.nonce}))
@@ -64,10 +67,10 @@ class RoundPlan:
         """The inverse of :meth:`to_bytes`."""
         table = table_from_bytes(data)
         shards: list[list[FailedRow]] = []
-        for index, row, part, attempts in zip(*table.to_pydict().values(), strict=True):
+        for index, *failed in zip(*table.to_pydict().values(), strict=True):
             if index == len(shards):
                 shards.append([])
-            shards[index].append(FailedRow(row, part, attempts))
+            shards[index].append(FailedRow(*failed))
         nonce = (table.schema.metadata or {}).get(b"nonce", b"").decode()
         return cls(tuple(map(tuple, shards)), nonce)
 

@@ -109,7 +109,6 @@ class StatusReader:
         self._now = now
         self._since = now() if self._before else _seconds(record.created)
         self._footers: dict[ShardName, PartFooter] = {}
-        self._codes: dict[ShardName, Mapping[int, str]] = {}
         self._rounds: dict[int, RoundPlan] = {}
         self._progress: dict[str, pa.Table] = {}
         price = record.spec.get("price", {}).get("usd_per_hour")
@@ -127,8 +126,8 @@ class StatusReader:
         self._read_footers()
         self._rounds = read_rounds(self._folder, self._rounds)
         shards = job_shards(self.record, self._rounds)
-        answered, failed, retried = self._rows(shards)
-        failures = Counter(failed.values())
+        answered, failures, retried = self._rows(shards)
+        failed = failures.total()
         settlement = settle((record for record, _ in workers), self._footers.values())
         alive = list(self._alive(workers))
         done = sum(shard in self._footers for shard in shards)
@@ -144,7 +143,7 @@ class StatusReader:
         state, message, exit_code = self._state(complete, control.state == "cancel", cap, alive, workers)
         if state == "budget":
             message = used_up(cap, settlement.bill.total, settlement.usd or 0.0)
-        rows_left = self.record.rows - answered - len(failed) + retried
+        rows_left = self.record.rows - answered - failed + retried
         pace = sum(_per_second(record, record.rows_done) for record in alive)
         return JobStatus(
             uri=self._folder.uri,
@@ -156,8 +155,8 @@ class StatusReader:
             shards_done=done,
             rows=self.record.rows,
             rows_answered=answered,
-            rows_failed=len(failed),
-            failures=dict(sorted(failures.items())),
+            rows_failed=failed,
+            failures={code: count for code, count in sorted(failures.items()) if count},
             round=max(self._rounds, default=0),
             rows_retried=retried,
             prompt_tokens=tokens[0],
@@ -179,34 +178,28 @@ class StatusReader:
     def _read_footers(self) -> None:
         new = [shard for shard in self._folder.committed() if shard not in self._footers]
         self._footers |= _read_all(self._folder.read_footer, new)
-        failed = [shard for shard in new if self._footers[shard].failures is not None]
-        self._codes |= {shard: {} for shard in new} | _read_all(self._read_codes, failed)
 
-    def _read_codes(self, shard: ShardName) -> Mapping[int, str]:
-        nonce = self._footers[shard].failures
-        assert nonce is not None
-        return {item.row_index: item.code for item in self._folder.read_failures(shard, nonce)}
-
-    def _rows(self, shards: Iterable[ShardName]) -> tuple[int, dict[int, str], int]:
-        """How many rows are answered, the codes of those that have failed for now, and how many of them
-        a retry round has yet to answer."""
+    def _rows(self, shards: Iterable[ShardName]) -> tuple[int, Counter[str], int]:
+        """How many rows are answered, how many have failed for now, by code, and how many of these a
+        retry round has yet to answer."""
         saved = self._open_rows(shards)
         answered, retried = 0, 0
-        failed: dict[int, str] = {}
+        failed: Counter[str] = Counter()
         for shard in shards:
             footer = self._footers.get(shard)
             if footer is not None:
-                count, codes = footer.rows // self._samples(), self._codes[shard]
-                again = [row.row_index for row in self._retried(shard)]
+                answered += footer.rows // self._samples()
+                failed.update(footer.codes)
+                failed.subtract(row.code for row in self._retried(shard))
             else:
                 done, codes = saved.get(shard, ([], {}))
-                count = len(done)
-                again = [*done, *codes] if shard.round else []
-                retried += len(self._retried(shard)) - len(again)
-            answered += count
-            for row in again:
-                failed.pop(row, None)
-            failed.update(codes)
+                answered += len(done)
+                failed.update(codes.values())
+                if shard.round:
+                    settled = {*done, *codes}
+                    waiting = self._retried(shard)
+                    failed.subtract(row.code for row in waiting if row.row_index in settled)
+                    retried += len(waiting) - len(settled)
         return answered, failed, retried
 
     def _retried(self, shard: ShardName) -> tuple[FailedRow, ...]:

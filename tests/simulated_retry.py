@@ -74,7 +74,7 @@ def begin_round(simulation: Job) -> bool:
     simulation.retries -= 1
     codes = {"too_long"} if simulation.world.chance.random() < 0.5 else {"too_long", "bad_line"}
     rows = [
-        FailedRow(row, shard.part, failure.attempts)
+        FailedRow(row, shard.part, failure.attempts, failure.code)
         for row, (shard, failure) in failed.items()
         if failure.code in codes
     ]

@@ -248,7 +248,11 @@ def test_rounds_are_merged_in_the_order_of_the_input(rounds: list[set[int]], siz
 
 failed_rows = st.lists(
     st.tuples(st.integers(0, 99), st.integers(1, 5)), min_size=1, unique_by=lambda item: item[0]
-).map(lambda rows: [FailedRow(row, f"part-{row % 3}", attempts) for row, attempts in sorted(rows)])
+).map(
+    lambda rows: [
+        FailedRow(row, f"part-{row % 3}", attempts, f"code {row % 5}") for row, attempts in sorted(rows)
+    ]
+)
 
 
 @given(failed_rows, st.integers(1, 20))
@@ -290,7 +294,7 @@ def test_a_round_reads_just_its_rows(inputs: dict[str, Path], format: str, rows:
     first = [Shard(index, (split,), 1) for index, split in enumerate(scan.splits(10))]
     everything = [item for shard in first for item in read(shard, scan.schema)]
     assert len(everything) == 100
-    plan = cut_round([FailedRow(row, "part", 1) for row in sorted(rows)], 7, "nonce")
+    plan = cut_round([FailedRow(row, "part", 1, "code") for row in sorted(rows)], 7, "nonce")
     shards = shards_of(plan, first)
     assert [item for shard in shards for item in read(shard, scan.schema)] == [
         everything[row] for row in sorted(rows)
