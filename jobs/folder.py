@@ -41,6 +41,7 @@ from batchinfer.jobs.types import JobError, Shard
 _PART = re.compile(r"part-(?:r(?P<round>\d+)-)?(?P<index>\d+)-of-(?P<count>\d+)\.parquet")
 _CLAIM = re.compile(r"_batchinfer/claims/(?P<shard>[^/]+)/(?P<helper>helper-)?(?P<generation>\d+)\.json")
 _ROUND = re.compile(r"_batchinfer/rounds/(?P<round>\d+)/plan\.arrow")
+_WORKER = re.compile(r"_batchinfer/workers/(?P<worker>[^/]+)\.json")
 _SLOT = re.compile(r"_batchinfer/budget/(?P<number>\d+)(?P<settled>\.settled)?\.json")
 _PROGRESS = re.compile(
     r"_batchinfer/progress/(?P<shard>[^/]+)/(?P<worker>.+)-(?P<sequence>\d+)(?P<inflight>\.inflight)?\.arrow"
@@ -296,9 +297,11 @@ class JobFolder:
             return False
         return True
 
-    def read_footer(self, shard: ShardName) -> PartFooter:
-        """What the part's footer says; raises JobError for a part that no worker wrote."""
-        size = self.store.head(shard.part).size
+    def read_footer(self, shard: ShardName, size: int | None = None) -> PartFooter:
+        """What the part's footer says, of ``size`` bytes if that is known, which saves a request; raises
+        JobError for a part that no worker wrote."""
+        if size is None:
+            size = self.store.head(shard.part).size
         tail = self.store.get_range(shard.part, max(0, size - _TAIL), size)
         length = int.from_bytes(tail[-8:-4], "little") + 8
         if length > len(tail):
@@ -349,13 +352,23 @@ class JobFolder:
         """The store's own time of a worker's last heartbeat, in seconds."""
         return self.store.head(f"_batchinfer/workers/{worker}.json").modified
 
+    def list_workers(self) -> dict[str, ObjectInfo]:
+        """The workers that have shown themselves, in order, with the store's time of each's last heartbeat
+        and its tag."""
+        infos = self.store.list("_batchinfer/workers/")
+        return {match["worker"]: info for info in infos if (match := _WORKER.fullmatch(info.key))}
+
+    def read_worker(self, worker: str) -> WorkerRecord:
+        """A worker's last heartbeat."""
+        return WorkerRecord.from_bytes(self.store.get(f"_batchinfer/workers/{worker}.json"))
+
     def read_workers(self) -> Iterator[tuple[WorkerRecord, float]]:
         """Every worker's last heartbeat with the store's time of it."""
-        for info in self.store.list("_batchinfer/workers/"):
-            yield WorkerRecord.from_bytes(self.store.get(info.key)), info.modified
+        for worker, info in self.list_workers().items():
+            yield self.read_worker(worker), info.modified
 
     def write_summary(self, data: bytes) -> None:
-        """Rewrite the summary: derived, never read by the protocol."""
+        """Rewrite the summary: derived, so nothing depends on it."""
         self.store.put("_batchinfer/summary.json", data)
 
     def read_summary(self) -> bytes:

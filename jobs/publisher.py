@@ -14,6 +14,7 @@ from batchinfer.jobs.folder import JobFolder
 from batchinfer.jobs.heartbeat import Heartbeat
 from batchinfer.jobs.open_shard import OpenShard
 from batchinfer.jobs.progress import delete_progress
+from batchinfer.jobs.summary import SummaryWriter
 from batchinfer.jobs.workbench import Workbench
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class Publisher:
         clock: Clock,
         heartbeat: Heartbeat,
         claims: Claims,
+        summary: SummaryWriter,
         work: Work,
         worker: str,
         flush_seconds: float,
@@ -47,6 +49,7 @@ class Publisher:
         self._clock = clock
         self._heartbeat = heartbeat
         self._claims = claims
+        self._summary = summary
         self._schema = work.schema
         self._limit = work.limit
         self._count = FailureCount(folder, work.shards, work.sampling.n)
@@ -118,6 +121,7 @@ class Publisher:
         if won:
             self._bench.close(shard)
             delete_progress(self._folder, shard.name)
+            self._summary.committed(shard.name)
         else:
             self._lose(shard)
 

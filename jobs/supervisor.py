@@ -14,7 +14,7 @@ from batchinfer.connectors.types import StorageError, TransientStorageError
 from batchinfer.jobs.budget import Allowance, BudgetSpent
 from batchinfer.jobs.claims import LEASE_SECONDS, RENEWALS_PER_LEASE, Claims
 from batchinfer.jobs.clock import Clock, Thread
-from batchinfer.jobs.cost import Ledger, settle, summary
+from batchinfer.jobs.cost import Ledger
 from batchinfer.jobs.failure_limit import JobStopped
 from batchinfer.jobs.feeder import Feeder, Work
 from batchinfer.jobs.folder import JobFolder
@@ -36,6 +36,7 @@ from batchinfer.jobs.link import (
 )
 from batchinfer.jobs.publisher import Publisher
 from batchinfer.jobs.records import WorkerRecord, WorkerState
+from batchinfer.jobs.summary import SummaryWriter
 from batchinfer.jobs.types import JobError
 from batchinfer.jobs.workbench import EngineDeath, StopReason, Workbench
 
@@ -54,7 +55,9 @@ class Pace:
     row after an engine that ended before it had anything to do.
 
     ``flush`` is the longest time that finished work stays unsaved; ``stall`` how long an engine with
-    work may say nothing; ``drain`` how long an engine may take for its last word.
+    work may say nothing; ``drain`` how long an engine may take for its last word. The summary is rewritten
+    with every ``summary_shards``-th shard, and by workers that leave with at most ``summary_others`` others
+    about (see :class:`SummaryWriter`).
     """
 
     lease: float = LEASE_SECONDS
@@ -63,6 +66,8 @@ class Pace:
     drain: float = 12.0
     read_ahead: int = 4096
     engine_restarts: int = 3
+    summary_shards: int = 1024
+    summary_others: int = 32
 
 
 class Supervisor:
@@ -84,7 +89,6 @@ class Supervisor:
         self._folder = folder
         self._clock = clock
         self._pace = pace
-        self._n = work.sampling.n
         self._start_engine = start_engine
         worker, price = record.worker, record.usd_per_hour
         self.bench = Workbench(clock, Ledger(started_ns), worker, price, pace.read_ahead)
@@ -95,11 +99,29 @@ class Supervisor:
         self._renewer = Renewer(
             folder, self.bench, clock, self._claims, self._heartbeat, pace.lease, self._stalled
         )
-        self._publisher = Publisher(
-            folder, self.bench, clock, self._heartbeat, self._claims, work, worker, pace.flush
-        )
         patience = pace.lease / RENEWALS_PER_LEASE
         self._feeder = Feeder(folder, self.bench, self._claims, work, worker, patience)
+        self._summary = SummaryWriter(
+            folder,
+            clock,
+            worker,
+            lambda: self._feeder.shards,
+            work.sampling.n,
+            pace.lease,
+            pace.summary_shards,
+            pace.summary_others,
+        )
+        self._publisher = Publisher(
+            folder,
+            self.bench,
+            clock,
+            self._heartbeat,
+            self._claims,
+            self._summary,
+            work,
+            worker,
+            pace.flush,
+        )
         self._feeding: Thread | None = None
         self._allowance = allowance
         self._buying: Thread | None = None
@@ -304,7 +326,7 @@ class Supervisor:
                 if shard.lease is not None:
                     self._claims.release(shard.lease)
             self._heartbeat.beat()
-            self._summarise()
+            self._summary.leave()
             if allowance is not None and self._buying is not None:
                 self._buying.join()
                 allowance.settle(code)
@@ -314,14 +336,6 @@ class Supervisor:
             logger.error("the last words could not be written: %s", error)
             code = code or EXIT_RETRY
         return code
-
-    def _summarise(self) -> None:
-        parts = self._folder.committed()
-        footers = [self._folder.read_footer(shard) for shard in parts]
-        workers = [record for record, _ in self._folder.read_workers()]
-        # The rounds before ours are complete, so one of their parts says how many there are.
-        shards = sum({shard.round: shard.count for shard in (*self._feeder.shards, *parts)}.values())
-        self._folder.write_summary(summary(settle(workers, footers), shards, self._n))
 
     def _spawn(self, name: str, function: Callable[[], None]) -> Thread:
         """A thread whose failure stops the worker."""

@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import logging
 import multiprocessing
 import random
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -65,9 +66,12 @@ class Simulation:
     read_ahead: int = 5
     poison: bool = False
     budget: simulated_budget.Budget | None = None
+    summary_shards: int = 1024
     world: World = field(init=False)
     engine_deaths: int = 0
     stops: int = 0
+    surplus: int = 0
+    summaries: int = 0
     resumed_tokens: int = 0
     decoded_tokens: int = 0
 
@@ -121,6 +125,7 @@ class Simulation:
         self._check_workers()
         self._check_rows()
         self._check_cost()
+        self._check_summary()
         simulated_budget.check_budget(self)
         return self
 
@@ -151,12 +156,15 @@ class Simulation:
                 while any(process.ended_ns is None for process in self.processes):
                     self.world.pause(5 * SECOND)
                 self._control("run", {"max_share": 1.0, "after_rows": 1})
-            while len([1 for process in self.processes if process.ended_ns is None]) < self.workers:
+            while self._running() < max(1, self.workers - self.surplus):
                 if self._all_done() or simulated_budget.is_used_up(self):
                     break
                 self._start(chance.randrange(0, 60 * SECOND))
         while any(process.ended_ns is None for process in self.processes):
             self.world.pause(10 * SECOND)
+
+    def _running(self) -> int:
+        return len([1 for process in self.processes if process.ended_ns is None])
 
     def _stopped(self) -> bool:
         controls = [key for key in self.world.objects if key.startswith("_batchinfer/control/")]
@@ -181,6 +189,8 @@ class Simulation:
             process.exit_code = self._worker(process)
             process.ended_ns = self.world.now_ns
             self.world.log(f"exit {process.exit_code}")
+            if process.exit_code == EXIT_DONE and not self._all_done():
+                self.surplus += 1
 
         self.world.spawn(process, f"{process.name}.main", main)
 
@@ -214,7 +224,13 @@ class Simulation:
             record,
             process.started_ns,
             lambda deliver: SimEngine(self.world, process, deliver, self),
-            Pace(flush=10.0, stall=200.0, read_ahead=self.read_ahead, engine_restarts=3),
+            Pace(
+                flush=10.0,
+                stall=200.0,
+                read_ahead=self.read_ahead,
+                engine_restarts=3,
+                summary_shards=self.summary_shards,
+            ),
             simulated_budget.allowance(self, process, folder),
         )
         self.supervisors[process.name] = supervisor
@@ -340,6 +356,37 @@ class Simulation:
         self.settlement = settlement
         self.records = records
 
+    def _check_summary(self) -> None:
+        """Where the last worker to leave left in order, and nobody was killed meanwhile, the summary holds
+        every part and every worker's last heartbeat."""
+        records = self.records
+        known = [process for process in self.processes if process.name in records]
+        last = max(known, key=lambda process: process.ended_ns or 0)
+        if (
+            not last.alive
+            or records[last.name].exit_code is None
+            or records[last.name].exit_code != last.exit_code
+        ):
+            return
+        leaving_ns = self.world.objects[f"_batchinfer/workers/{last.name}.json"][1]
+        if any(not process.alive and (process.ended_ns or 0) >= leaving_ns for process in self.processes):
+            return
+        found = json.loads(self.world.objects["_batchinfer/summary.json"][0])
+        settled = self.settlement
+        expected = {
+            "shards": {"committed": len(self.job), "total": len(self.job)},
+            "rows": {"answered": settled.rows // self.n, "failed": settled.failed_rows},
+            "nanoseconds": {**asdict(settled.bill), "total": settled.bill.total},
+        }
+        if not found["complete"] or {name: found[name] for name in expected} != expected:
+            raise Broken(f"the summary is {found}, not {expected}")
+        if (
+            abs(found["usd"]["total"] - (settled.usd or 0.0)) > 1e-9
+            or found["workers"].keys() != records.keys()
+        ):
+            raise Broken(f"the summary bills {found['usd']} for {sorted(found['workers'])}")
+        self.summaries += 1
+
 
 def a_budget(chance: random.Random) -> simulated_budget.Budget:
     return simulated_budget.Budget(
@@ -367,7 +414,7 @@ def from_seed(seed: int) -> Simulation:
     return Simulation(
         seed,
         faults,
-        workers=chance.randint(1, 4),
+        workers=chance.randint(2, 6),
         shards=chance.randint(1, 5),
         rows=chance.choice([1, 4, 4, 9, 9, 25]),
         n=chance.choice([1, 1, 2]),
@@ -378,6 +425,7 @@ def from_seed(seed: int) -> Simulation:
         capacity=chance.choice([2, 8, 100]),
         read_ahead=chance.choice([1, 5, 100]),
         poison=chance.random() < 0.4,
+        summary_shards=chance.choice([1, 2, 1024]),
         budget=a_budget(chance) if "budget" in call or chance.random() < 0.25 else None,
     )
 
@@ -418,6 +466,8 @@ def _run_one(seed: int) -> tuple[int, str, dict[str, int]]:
             "engine deaths": simulation.engine_deaths,
             "stops": simulation.stops,
             "rounds": simulation.rounds,
+            "surplus workers": simulation.surplus,
+            "summaries": simulation.summaries,
         },
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ CALLS = (
     *("create inflight", "get inflight", "delete inflight"),
     *("put failures", "create part", "head part", "get part", "list part"),
     *("put workers", "head workers", "list workers", "get workers"),
-    *("list control", "get control", "put summary.json", "read input"),
+    *("list control", "get control", "put summary.json", "get summary.json", "read input"),
     *("list rounds", "get rounds", "list budget", "create budget", "get budget"),
 )
 
@@ -143,7 +144,8 @@ class SimStore:
     def _info(self, key: str) -> ObjectInfo:
         content, modified = self._object(key)
         # As S3 has it: whole seconds.
-        return ObjectInfo(key, len(content), "", float(EPOCH + modified // SECOND))
+        tag = f"{zlib.crc32(content):08x}"
+        return ObjectInfo(key, len(content), tag, float(EPOCH + modified // SECOND))
 
     def _store(self, key: str, content: bytes) -> None:
         check_write(self._world, self._process, key, content)
