@@ -28,6 +28,8 @@ _MOST_SKIPPED = 16
 _SAMPLE = 4
 # How many shards one look considers for help.
 _TO_HELP = 3
+# How many workers an open shard has a place for: its owner, and a helper.
+_PLACES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +153,20 @@ class Claims:
                     if not claim.released:
                         found.add(claim.worker)
         return found
+
+    def is_surplus(self) -> bool:
+        """Whether open shards have places for fewer workers than there are, and the last of these are we:
+        in an order by name, which all see alike, so that never more leave than are too many.
+
+        Who left or died within the last lease still counts. What that leaves too few are never the owners
+        of open shards, who hold them and stay.
+        """
+        listed = self._folder.list_workers()
+        if self._survey is None or self._worker not in listed:
+            return False
+        since = listed[self._worker].modified - self._lease_seconds
+        fresh = sorted(worker for worker, info in listed.items() if info.modified >= since)
+        return fresh.index(self._worker) >= _PLACES * (self._shards - self._survey.committed)
 
     def all_committed(self) -> bool:
         """Whether the last look at the folder found every shard committed."""

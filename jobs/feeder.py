@@ -76,7 +76,7 @@ class Feeder:
         self._n = work.sampling.n
 
     def run(self) -> None:
-        """Feed until the worker stops, or every shard is committed."""
+        """Feed until the worker stops, or every shard is committed, or has workers enough."""
         patience = FIRST_PATIENCE
         while self._bench.wait_for_room():
             lease = self._claims.claim(self._bench.held())
@@ -96,6 +96,8 @@ class Feeder:
             elif not self._bench.held() and (lease := self._help()) is not None:
                 patience = FIRST_PATIENCE
                 self._feed(lease)
+            elif not self._bench.held() and self._claims.is_surplus():
+                self._bench.request_stop("done")
             else:
                 # The others' leases may still go stale, so there may be work for us later. Often they are
                 # about to finish, so look soon, and then less and less often.

@@ -12,7 +12,7 @@ from batchinfer.jobs.claims import Claims
 from batchinfer.jobs.feeder import helping_pays
 from batchinfer.jobs.folder import JobFolder, ShardName
 from batchinfer.jobs.progress import Progress, ProgressWriter, delete_progress, read_progress
-from batchinfer.jobs.records import Failure
+from batchinfer.jobs.records import Claim, Failure
 from batchinfer.jobs.samples import Charge, Finished, Flight, Partial, SampleKey
 from batchinfer.jobs.suspects import Suspicion
 
@@ -321,3 +321,28 @@ def test_an_object_replaced_under_a_reader_is_read_anew(store: TimedStore) -> No
     store.get = get_after_flush  # type: ignore[method-assign]
     found = read_progress(folder, shard)
     assert found is not None and found.partials == {SampleKey(2, 0): partial(5)}
+
+
+def test_workers_beyond_the_places_at_open_shards_are_too_many_and_no_others(store: TimedStore) -> None:
+    workers = [f"w{number}" for number in range(9)]
+    everybody = {worker: claims_of(store, worker) for worker in workers}
+    folder = JobFolder(store)
+
+    def too_many() -> list[str]:
+        for worker in workers[1:]:
+            store.put(f"_batchinfer/workers/{worker}.json", b"{}")
+            everybody[worker].survey([])
+            everybody[worker].claim([])
+        return [worker for worker in workers[1:] if everybody[worker].is_surplus()]
+
+    store.put("_batchinfer/workers/w0.json", b"{}")
+    for name in NAMES:
+        assert folder.create_claim(name, 1, Claim(worker="w0", nonce="n"))
+    assert too_many() == ["w8"]  # four shards are open
+    for done, last in [(0, 6), (1, 4), (2, 2)]:
+        store.put(NAMES[done].part, b"part")
+        assert too_many() == workers[last:]
+    # Those that were not heard of for a lease are not counted.
+    store.time += 61
+    store.put(f"_batchinfer/claims/{NAMES[3].label}/0001.json", Claim(worker="w0", nonce="n").to_bytes())
+    assert too_many() == workers[3:]
