@@ -13,6 +13,9 @@ from batchinfer.connectors.types import BadRow, Row
 BATCH_ROWS = 1024
 BATCH_BYTES = 4 << 20
 
+CONVERT = "convert the file, such as with iconv -f WINDOWS-1252 -t UTF-8"
+"""What to do with text in another encoding."""
+
 
 class Mismatch(Exception):
     """A value that does not fit its column's type: one clause that says so."""
@@ -173,13 +176,21 @@ def _batch(numbered: list[tuple[int, Record]], bad: list[BadRow], schema: pa.Sch
                 _arrow([record], schema)
                 good.append((index, record))
             except UnicodeError:
-                bad.append(_bad(index, record, "bad_line", "it holds text that is not valid Unicode"))
+                bad.append(_bad(index, record, "bad_line", _not_unicode(record.raw)))
             except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
                 bad.append(_bad(index, record, "type_mismatch", str(error)))
         bad.sort(key=lambda row: row.index)
         numbered = good
         batch = _arrow([record for _, record in numbered], schema)
     return RowBatch([index for index, _ in numbered], batch, tuple(bad))
+
+
+def _not_unicode(raw: str) -> str:
+    """What is wrong with a record whose text is not Unicode: bytes that are no UTF-8, or JSON's half a
+    character."""
+    if any("\udc80" <= character <= "\udcff" for character in raw):
+        return f"the line is not UTF-8; {CONVERT}"
+    return "it holds text that is not valid Unicode"
 
 
 def _bad(index: int, record: Record, code: str, message: str) -> BadRow:

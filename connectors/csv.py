@@ -1,15 +1,17 @@
-"""CSV with a header line, commas and double quotes (RFC 4180): its schema, and rows by byte range."""
+"""CSV with a header line and double quotes (RFC 4180), whatever separates its fields: its schema, and rows
+by byte range."""
 
 from __future__ import annotations
 
 import csv
 import re
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
-from batchinfer.connectors.batches import Mismatch, Record
+from batchinfer.connectors.batches import CONVERT, Mismatch, Record
 from batchinfer.connectors.lines import LONGEST_LINE_BYTES
 from batchinfer.connectors.types import BadRow, StorageError
 
@@ -17,6 +19,32 @@ _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]*)").fullmatch
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?").fullmatch
 _BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _INT64 = range(-(2**63), 2**63)
+
+DELIMITERS = ",;\t|"
+"""What separates fields where nobody says otherwise; of equally good ones the first."""
+
+SAMPLE_BYTES = 64 << 10
+"""How much of a file is looked at to find its delimiter."""
+
+_SAMPLE_RECORDS = 200
+
+
+def find_delimiter(sample: bytes) -> str | None:
+    """What separates the fields of a file that begins with ``sample``, or None for a file of one column.
+
+    It is the one of ``DELIMITERS`` that occurs in the header and gives most records as many fields as
+    the header has, if these are at least half.
+    """
+    best: tuple[float, str | None] = (0.5, None)
+    for delimiter in DELIMITERS:
+        records = islice(CsvRecords(iter([sample]), delimiter=delimiter), _SAMPLE_RECORDS)
+        counts = [len(record) if isinstance(record, list) else 0 for record in records]
+        if not counts or counts[0] < 2:
+            continue
+        share = counts.count(counts[0]) / len(counts)
+        if share > best[0] or (share == best[0] and best[1] is None):
+            best = (share, delimiter)
+    return best[1]
 
 
 class CsvRecords:
@@ -27,7 +55,9 @@ class CsvRecords:
     without anything on them are no records.
     """
 
-    def __init__(self, blocks: Iterator[bytes], offset: int = 0, line: int = 0) -> None:
+    def __init__(
+        self, blocks: Iterator[bytes], offset: int = 0, line: int = 0, delimiter: str = ","
+    ) -> None:
         """Begin after ``offset`` bytes and ``line`` lines."""
         self.offset = offset
         self.line = line
@@ -35,7 +65,7 @@ class CsvRecords:
         self._text: list[str] = []
         # One limit for the whole process: the module keeps no other, and prompts are long.
         csv.field_size_limit(LONGEST_LINE_BYTES)
-        self._reader = csv.reader(self._lines(blocks))
+        self._reader = csv.reader(self._lines(blocks), delimiter=delimiter, strict=True)
 
     @property
     def raw(self) -> str:
@@ -81,9 +111,11 @@ def _split(block: bytes) -> Iterator[bytes]:
 def header(records: CsvRecords, uri: str) -> list[str]:
     """The names in a file's first record; a column without one is called ``columnN``, from 0.
 
-    Raises StorageError for a file without a header or with one name twice.
+    Raises StorageError for a file without a header, with one name twice, or in another encoding.
     """
     first = next(iter(records), None)
+    if not _is_unicode(records.raw):
+        raise StorageError(f"{uri}: the header line is not UTF-8; {CONVERT}")
     if first is None or isinstance(first, csv.Error):
         raise StorageError(f"{uri}: the file has no header line with the columns' names; add one")
     names = [name or f"column{position}" for position, name in enumerate(first)]
@@ -172,7 +204,7 @@ def records(
     for index, record in enumerate(rows, first_row):
         place, raw = f"{uri}, line {rows.first_line}", rows.raw
         if isinstance(record, csv.Error):
-            yield BadRow(index, "bad_line", f"{place}: the line is not CSV ({record})", _text(raw))
+            yield BadRow(index, "bad_line", f"{place}: {_problem(record)}", _text(raw))
         elif len(record) != len(names):
             message = f"{place}: the row has {len(record)} fields, but the header has {len(names)}"
             yield BadRow(index, "bad_line", message, _text(raw))
@@ -186,6 +218,16 @@ def records(
                 yield BadRow(index, "type_mismatch", f"{place}: {mismatch}", _text(raw))
             else:
                 yield Record(values, raw, place)
+
+
+def _problem(error: csv.Error) -> str:
+    if "unexpected end" in str(error):
+        return "a quoted field that begins here is never closed; close it, or double the quote"
+    return f"the line is not CSV ({error})"
+
+
+def _is_unicode(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _text(raw: str) -> str:

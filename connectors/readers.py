@@ -42,7 +42,7 @@ _FORMATS: dict[str, Format] = {
 }
 _COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 _THREADS = 16
-_HEADER_BYTES = 16 << 10
+_DELIMITER = b"delimiter"
 
 GRANULE = 64
 """Without a wanted number of rows, text files can be split at multiples of so many rows."""
@@ -195,16 +195,25 @@ def _byte_splits(scan: FileScan, rows: int, first_row: int) -> Iterator[Split]:
 
 
 def scan_input(
-    files: Sequence[InputFile], storage: Storage | None = None, rows_per_split: int | None = None
+    files: Sequence[InputFile],
+    storage: Storage | None = None,
+    rows_per_split: int | None = None,
+    delimiter: str | None = None,
 ) -> InputScan:
     """Count the rows and find the schema: of Parquet from the footers, of JSONL and CSV in one pass.
 
-    With ``rows_per_split`` text files can be split exactly there. Files are read in parallel. Raises
-    StorageError naming a file that is unreadable, changed since ``discover``, or whose columns don't
-    fit those of the others.
+    With ``rows_per_split`` text files can be split exactly there. What separates the fields of CSV is
+    found from its first rows unless ``delimiter`` says it; another one than the comma is kept in the
+    schema's metadata. Files are read in parallel. Raises StorageError naming a file that is unreadable,
+    changed since ``discover``, or whose columns don't fit those of the others.
     """
     granule = rows_per_split or GRANULE
     format = files[0].format
+    if delimiter is not None and format != "csv":
+        raise StorageError(
+            f"input.delimiter is given, but {files[0].uri} is read as {format}: remove it, or set "
+            "input.format to csv"
+        )
     with ThreadPoolExecutor(_THREADS if format == "parquet" else 4) as threads:
         if format == "parquet":
             footers = list(threads.map(lambda file: _scan_parquet(file, storage), files))
@@ -224,12 +233,18 @@ def scan_input(
             schema = openai.schema(any(logprobs for _, logprobs in batches))
             scans = [scan for scan, _ in batches]
         else:
-            records = list(threads.map(lambda file: _scan_csv(file, storage, granule), files))
+            between = delimiter or _common_delimiter(
+                files, list(threads.map(lambda file: _find_delimiter(file, storage), files))
+            )
+            records = list(threads.map(lambda file: _scan_csv(file, storage, granule, between), files))
             columns: dict[str, str] = {}
             for _, by_name in records:
                 for name, kind in by_name.items():
                     columns[name] = csv.combine(columns.get(name, "null"), kind)
-            schema = pa.schema([pa.field(name, csv.arrow_type(kind)) for name, kind in columns.items()])
+            schema = pa.schema(
+                [pa.field(name, csv.arrow_type(kind)) for name, kind in columns.items()],
+                None if between == "," else {_DELIMITER: between.encode()},
+            )
             scans = [scan for scan, _ in records]
     return InputScan(tuple(scans), schema, rows_per_split)
 
@@ -291,8 +306,29 @@ def _scan_openai(file: InputFile, storage: Storage | None, granule: int) -> tupl
     return FileScan(file, scan.rows, (), granule, scan.offsets, scan.lines, scan.firsts), scan.logprobs
 
 
-def _scan_csv(file: InputFile, storage: Storage | None, granule: int) -> tuple[FileScan, dict[str, str]]:
-    records = csv.CsvRecords(blocks_of_lines(_open(file, storage), file.uri, file.compression))
+def _find_delimiter(file: InputFile, storage: Storage | None) -> str | None:
+    blocks = blocks_of_lines(_open(file, storage), file.uri, file.compression, block_bytes=csv.SAMPLE_BYTES)
+    return csv.find_delimiter(next(blocks, b""))
+
+
+def _common_delimiter(files: Sequence[InputFile], found: Sequence[str | None]) -> str:
+    """The delimiter of all files; those of one column have any."""
+    by_delimiter = {delimiter: file.uri for file, delimiter in zip(files, found, strict=True) if delimiter}
+    if len(by_delimiter) > 1:
+        (first, one), (second, other), *_ = by_delimiter.items()
+        raise StorageError(
+            f"{one} separates its fields by {first!r}, but {other} by {second!r}; convert one of them, or "
+            "set input.delimiter"
+        )
+    return next(iter(by_delimiter), ",")
+
+
+def _scan_csv(
+    file: InputFile, storage: Storage | None, granule: int, delimiter: str
+) -> tuple[FileScan, dict[str, str]]:
+    records = csv.CsvRecords(
+        blocks_of_lines(_open(file, storage), file.uri, file.compression), delimiter=delimiter
+    )
     names = csv.header(records, file.uri)
     schema = csv.SchemaScan(names)
     rows = 0
@@ -323,7 +359,9 @@ def read_batches(
     if file.format == "parquet":
         rows = parquet.read_rows(opened, file.uri, split.start, split.stop, split.first_row, wanted)
     else:
-        rows = batches_of_records(_records(split, opened, wanted, storage), wanted, split.first_row)
+        delimiter = (schema.metadata or {}).get(_DELIMITER, b",").decode()
+        records = _records(split, opened, wanted, storage, delimiter)
+        rows = batches_of_records(records, wanted, split.first_row)
     count = 0
     only = None if split.only is None else frozenset(split.only)
     with closing(opened):
@@ -345,7 +383,7 @@ def read_batches(
 
 
 def _records(
-    split: Split, opened: ObjectFile, schema: pa.Schema, storage: Storage | None
+    split: Split, opened: ObjectFile, schema: pa.Schema, storage: Storage | None, delimiter: str
 ) -> Iterator[Record | BadRow]:
     file, first_row = split.file, split.first_row
     in_bytes = split.unit == "bytes"
@@ -357,12 +395,11 @@ def _records(
         rows = lines(blocks, schema, file.uri, first_line, first_row, skip)
         return islice(rows, split.rows)
     if in_bytes:
-        head = blocks_of_lines(_open(file, storage), file.uri, "none", block_bytes=_HEADER_BYTES)
-        names = csv.header(csv.CsvRecords(head), file.uri)
-        return csv.records(
-            csv.CsvRecords(blocks, start, split.first_line - 1), names, schema, file.uri, first_row
-        )
-    records = csv.CsvRecords(blocks)
+        head = blocks_of_lines(_open(file, storage), file.uri, "none", block_bytes=csv.SAMPLE_BYTES)
+        names = csv.header(csv.CsvRecords(head, delimiter=delimiter), file.uri)
+        records = csv.CsvRecords(blocks, start, split.first_line - 1, delimiter)
+        return csv.records(records, names, schema, file.uri, first_row)
+    records = csv.CsvRecords(blocks, delimiter=delimiter)
     names = csv.header(records, file.uri)
     rows = csv.records(records, names, schema, file.uri, first_row - split.start)
     return islice(rows, split.start, split.stop)

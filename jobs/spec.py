@@ -168,6 +168,12 @@ class InputSpec(Part):
         default="auto",
         description="auto: by the file names; openai: batch files, each line with its prompt and sampling",
     )
+    delimiter: str | None = Field(
+        default=None,
+        pattern=r'^[^"\r\n]$',
+        description="what separates the fields of CSV; null: found: a comma, semicolon, tab or bar",
+        examples=[";"],
+    )
     columns: tuple[str, ...] | None = Field(default=None, description="columns to pass through; null: all")
 
 

@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batchinfer.connectors import jsonl
+from batchinfer.connectors.csv import find_delimiter
 from batchinfer.connectors.inputs import list_inputs, open_input
 from batchinfer.connectors.readers import InputScan, discover, read_batches, read_split, scan_input
 from batchinfer.connectors.storage import open_store
@@ -665,6 +666,89 @@ def test_csv_types_and_bad_rows(tmp_path: Path) -> None:
         "id": 5, "code": "9", "score": 1e-3, "done": True, "column4": "", "long": ""}  # fmt: skip
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
+@given(
+    rows=st.lists(st.tuples(FIELDS, FIELDS, FIELDS), min_size=1, max_size=12),
+    delimiter=st.sampled_from(",;\t|"),
+    wanted=st.integers(1, 5),
+    packed=st.booleans(),
+)
+def test_what_separates_csv_fields_is_found(
+    rows: list[tuple[str, str, str]], delimiter: str, wanted: int, packed: bool, tmp_path: Path
+) -> None:
+    """The same rows come back whatever separates their fields, by ranges or packed."""
+    text = io.StringIO(newline="")
+    csv.writer(text, delimiter=delimiter).writerows([("one", "two", "three"), *rows])
+    plain = io.StringIO(newline="")
+    csv.writer(plain).writerows([("one", "two", "three"), *rows])
+    (tmp_path / "plain.csv").write_bytes(plain.getvalue().encode())
+    path = tmp_path / ("a.csv.gz" if packed else "a.csv")
+    path.write_bytes(gzip.compress(text.getvalue().encode()) if packed else text.getvalue().encode())
+    expected = scan(tmp_path / "plain.csv", rows=wanted)
+    found = scan(path, rows=wanted)
+    assert found.schema == expected.schema
+    assert values(read(found)) == values(read(expected))
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("text", "delimiter"),
+    [
+        ("id;text\n1;a, b\n2;c, d\n", ";"),
+        ("id,text\n1,a; b\n2,c; d\n", ","),
+        ("id\ttext, long\n1\ta\n2\tb, c, d\n", "\t"),
+        ("id;note, long\n1;a\n2;b\n", ";"),
+        ("a,b;c\n1,2;3\n", ","),
+        ("question; answer\nwhat\nwho\nwhen\n", None),
+        ("text\na, b\nc, d\n", None),
+        ("id|text\n1|a\n2\n3|c\n", "|"),
+        ('id;text\n1;"cut within quotes\n', ";"),
+        ("", None),
+    ],
+)
+def test_a_delimiter_is_what_gives_records_as_many_fields_as_the_header(
+    text: str, delimiter: str | None
+) -> None:
+    assert find_delimiter(text.encode()) == delimiter
+
+
+def test_a_delimiter_that_is_given_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a,b;c\n1,2;3\n")
+    files = discover([str(tmp_path)])
+    assert scan_input(files).schema.names == ["a", "b;c"]
+    given = scan_input(files, delimiter=";")
+    assert values(read(given, 64)) == [{"a,b": "1,2", "c": 3}]
+    (tmp_path / "b.jsonl").write_text('{"a": 1}')
+    with pytest.raises(StorageError, match=r"input\.delimiter is given, but .*b\.jsonl is read as jsonl"):
+        scan_input(discover([str(tmp_path / "b.jsonl")]), delimiter=";")
+
+
+def test_files_with_different_delimiters_are_both_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a;b\n1;2\n")
+    (tmp_path / "b.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "c.csv").write_text("a\n1\n")
+    with pytest.raises(StorageError, match=r"a\.csv separates its fields by ';', but .*b\.csv by ','"):
+        scan(tmp_path)
+    (tmp_path / "b.csv").unlink()
+    assert values(read(scan(tmp_path), 64)) == [{"a": 1, "b": 2}, {"a": 1, "b": None}]
+
+
+def test_csv_that_is_broken_is_not_guessed_at(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(
+        "id,text\n1,Grüße\n".encode("latin-1") + b'2,"said "hi" to me"\n3,fine\n4,"never closed\n5,lost\n'
+    )
+    rows = read(scan(path), 64)
+    bad = [row for row in rows if isinstance(row, BadRow)]
+    assert [row.message.removeprefix(f"{path}, ") for row in bad] == [
+        "line 2: the line is not UTF-8; convert the file, such as with iconv -f WINDOWS-1252 -t UTF-8",
+        "line 3: the line is not CSV (',' expected after '\"')",
+        "line 5: a quoted field that begins here is never closed; close it, or double the quote",
+    ]
+    assert bad[2].raw == '4,"never closed\n5,lost'
+    assert values([row for row in rows if isinstance(row, Row)]) == [{"id": 3, "text": "fine"}]
+
+
 def test_csv_files_with_other_columns_in_another_order(tmp_path: Path) -> None:
     (tmp_path / "1.csv").write_text("a,b\n1,x\n")
     (tmp_path / "2.csv").write_text("b,a,c\ny,2.5,z\n")
@@ -675,10 +759,16 @@ def test_csv_files_with_other_columns_in_another_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("", "no header line"), ("a,b,a\n1,2,3\n", "names the column a more than once")]
+    ("text", "message"),
+    [
+        (b"", "no header line"),
+        (b"a,b,a\n1,2,3\n", "names the column a more than once"),
+        ("a,größe\n1,2\n".encode("latin-1"), "the header line is not UTF-8; .* iconv"),
+        ("a,b\n1,2\n".encode("utf-16"), "the header line is not UTF-8; .* iconv"),
+    ],
 )
-def test_csv_headers(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text(text)
+def test_csv_headers(text: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(text)
     with pytest.raises(StorageError, match=rf"a\.csv: .*{message}"):
         scan(tmp_path)
 
