@@ -90,6 +90,13 @@ class OpenShard:
             return tuple(range(self.n))
         return tuple(sample for sample in range(self.n) if SampleKey(row, sample) not in self.samples)
 
+    def still_to_do(self, request: Request, missing: tuple[int, ...]) -> Request:
+        """A request for the samples of its row that are ``missing``, from what is known of them."""
+        keys = [(sample, SampleKey(request.index, sample)) for sample in missing]
+        resume = {sample: self.partials[key].decoded for sample, key in keys if key in self.partials}
+        samples = None if len(missing) == self.n else missing
+        return Request(request.index, request.prompt, request.sampling, resume, samples)
+
     def add_rows(self, indexes: Sequence[int], passed: pa.RecordBatch, unreadable: int) -> None:
         """Keep the pass-through columns of rows that were read, and count those that have none."""
         self._batches.append(passed)

@@ -37,8 +37,9 @@ from batchinfer.jobs.link import (
 from batchinfer.jobs.publisher import Publisher
 from batchinfer.jobs.records import WorkerRecord, WorkerState
 from batchinfer.jobs.summary import SummaryWriter
+from batchinfer.jobs.suspects import EngineDeath
 from batchinfer.jobs.types import JobError
-from batchinfer.jobs.workbench import EngineDeath, StopReason, Workbench
+from batchinfer.jobs.workbench import StopReason, Workbench
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +185,8 @@ class Supervisor:
             self._link = self._start_engine(self._receive)
         link = self._link
         with bench.changed:
-            while not (self._inbox or self._room() or self._to_ask() or bench.to_drop or bench.stop):
+            rows = bench.in_engine
+            while not (self._inbox or self._room() or self._to_ask() or rows.any_to_drop or bench.stop):
                 bench.update_account()
                 bench.changed.wait()
             for message in self._take_inbox():
@@ -194,7 +196,7 @@ class Supervisor:
             if not bench.in_engine:
                 self._heard = self._clock.now_ns()
             requests = bench.take_requests(self._room())
-            drop, bench.to_drop = tuple(bench.to_drop), []
+            drop = bench.in_engine.take_to_drop()
             ask = self._to_ask()
             if ask:
                 bench.snapshot = "asked"

@@ -11,8 +11,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 DEATHS_ALONE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDeath:
+    """How an engine ended that nobody asked to: ``code`` for failures, ``how`` for people."""
+
+    code: Literal["engine_crash", "engine_stall"]
+    how: str
 
 
 @dataclass(frozen=True, slots=True)

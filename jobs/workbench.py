@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from batchinfer.engine.types import Completion, Rejection, Request
 from batchinfer.jobs.clock import Clock, Condition
 from batchinfer.jobs.cost import Ledger
+from batchinfer.jobs.engine_rows import EngineRows
 from batchinfer.jobs.folder import ShardName
 from batchinfer.jobs.link import Dropped, Inflight, Spent
 from batchinfer.jobs.open_shard import OpenShard
 from batchinfer.jobs.progress import News
 from batchinfer.jobs.records import Failure, input_as_json
+from batchinfer.jobs.request_queue import RequestQueue
 from batchinfer.jobs.samples import NOTHING, Finished, Flight, Partial, SampleKey, charges_after
-from batchinfer.jobs.suspects import DEATHS_ALONE, Suspects
+from batchinfer.jobs.suspects import DEATHS_ALONE, EngineDeath, Suspects
 
 StopReason = Literal["done", "drain", "cancel", "budget", "error"]
 
@@ -26,15 +26,6 @@ SnapshotState = Literal["none", "wanted", "asked"]
 
 OPEN_SHARDS = 2
 SNAPSHOT_NS = 60_000_000_000
-QUEUE_BYTES = 64 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class EngineDeath:
-    """How an engine ended that nobody asked to: ``code`` for failures, ``how`` for people."""
-
-    code: Literal["engine_crash", "engine_stall"]
-    how: str
 
 
 class Workbench:
@@ -52,10 +43,8 @@ class Workbench:
         self.changed: Condition = clock.condition()
         self.ledger = ledger
         self.open: dict[ShardName, OpenShard] = {}
-        self.queue: deque[Request] = deque()
-        self.in_engine: dict[int, tuple[Request, OpenShard]] = {}
-        self.to_drop: list[int] = []
-        self.dropping: set[int] = set()
+        self.queue = RequestQueue(read_ahead)
+        self.in_engine = EngineRows()
         self.stop: StopReason | None = None
         self.error: BaseException | None = None
         self.rows_failed = 0
@@ -65,13 +54,10 @@ class Workbench:
         self.snapshot: SnapshotState = "none"
         self.suspects = Suspects()
         self.to_save = False
-        self._read_ahead = read_ahead
-        self._queue_bytes = 0
         self._clock = clock
         self._worker = worker
         self._usd_per_hour = usd_per_hour
         self._engine_kept = 0
-        self._outstanding: dict[int, set[int]] = {}
 
     # -- stopping ---------------------------------------------------------------------------------
 
@@ -88,7 +74,7 @@ class Workbench:
         """Wait until another shard may be opened: False when the worker stops."""
         with self.changed:
             while self.stop is None:
-                if len(self.open) < OPEN_SHARDS and self._queue_has_room():
+                if len(self.open) < OPEN_SHARDS and self.queue.has_room():
                     return True
                 self.changed.wait()
             return False
@@ -96,7 +82,7 @@ class Workbench:
     def held(self) -> set[ShardName]:
         """Shards that must not be claimed: open ones, and lost ones with rows still in the engine."""
         with self.changed:
-            return {*self.open, *(shard.name for _, shard in self.in_engine.values())}
+            return {*self.open, *(row.shard.name for row in self.in_engine.all())}
 
     def is_helping(self) -> bool:
         """Whether a shard is open as somebody else's helper."""
@@ -123,12 +109,11 @@ class Workbench:
         with self.changed:
             for failure in failures:
                 self.rows_failed += shard.fail(failure)
-            while self.stop is None and shard.lease is not None and not self._queue_has_room():
+            while self.stop is None and shard.lease is not None and not self.queue.has_room():
                 self.changed.wait()
             if self.stop is not None or shard.lease is None:
                 return False
             self.queue.extend(requests)
-            self._queue_bytes += sum(map(_size, requests))
             self.suspects.add(shard.suspicion.among(inputs.__contains__))
             shard.inputs.update(inputs)
             self.changed.notify_all()
@@ -180,7 +165,10 @@ class Workbench:
         is in flight."""
         with self.changed:
             self.to_save = False
-            running = frozenset(row for row, (_, shard) in self.in_engine.items() if row not in shard.aside)
+            rows = self.in_engine.all()
+            running = frozenset(
+                row.request.index for row in rows if row.request.index not in row.shard.aside
+            )
             found = [
                 (shard, *shard.take_news(self._worker, running, self.suspects.of(shard.has_row)))
                 for shard in self.open.values()
@@ -205,24 +193,19 @@ class Workbench:
                 self._row_settled(shard, row)
             begun = {key.row for key in shard.partials}
             for row in shard.elsewhere - begun - shard.aside.keys():
-                if row in self.in_engine:
+                if (ours := self.in_engine.get(row)) is not None:
                     # It waits in our engine, while the other one's has begun it.
-                    shard.aside[row] = self.in_engine[row][0]
-                    self._drop([row])
+                    shard.aside[row] = ours.request
+                    self.in_engine.drop([row])
             self._take_back(shard)
             self.changed.notify_all()
 
     def _take_back(self, shard: OpenShard) -> None:
         """Queue what is set aside for no reason any more."""
-        reasons = (shard.elsewhere, self.in_engine, self.dropping)
-        back = [row for row in shard.aside if not any(row in reason for reason in reasons)]
-        self._put_back([shard.aside.pop(row) for row in back])
-
-    def _drop(self, rows: Iterable[int]) -> None:
-        """Have the engine forget rows; until it says that it has, they are not given to it again."""
-        new = [row for row in rows if row not in self.dropping]
-        self.to_drop += new
-        self.dropping.update(new)
+        back = [
+            row for row in shard.aside if row not in shard.elsewhere and not self.in_engine.blocked(row)
+        ]
+        self.queue.put_back([shard.aside.pop(row) for row in back])
 
     # -- the engine's side (the condition is held by the caller) ----------------------------------
 
@@ -237,18 +220,16 @@ class Workbench:
             room = min(room, self._suspects_first(room))
         taken: list[Request] = []
         while self.queue and len(taken) < room:
-            request = self.queue.popleft()
-            self._queue_bytes -= _size(request)
+            request = self.queue.pop()
             shard = self._shard_of(request.index)
             if shard is None or not (missing := shard.missing(request.index)):
                 continue
             row = request.index
-            if row in shard.elsewhere or row in self.in_engine or row in self.dropping:
-                shard.aside[request.index] = request
+            if row in shard.elsewhere or self.in_engine.blocked(row):
+                shard.aside[row] = request
             else:
-                request = _still_to_do(request, shard, missing)
-                self.in_engine[row] = (request, shard)
-                self._outstanding[row] = set(missing)
+                request = shard.still_to_do(request, missing)
+                self.in_engine.give(request, shard, missing)
                 for sample in request.resume:
                     key = SampleKey(request.index, sample)
                     shard.sent[key] = shard.partials[key]
@@ -260,12 +241,8 @@ class Workbench:
     def _suspects_first(self, room: int) -> int:
         """Put the next group of suspects at the head of the queue; returns how many the engine may get."""
         while group := self.suspects.next_group(room):
-            wanted = set(group)
-            found = [request for request in self.queue if request.index in wanted]
-            if found:
-                self.queue = deque(request for request in self.queue if request.index not in wanted)
-                self.queue.extendleft(reversed(found))
-                return len(found)
+            if found := self.queue.bring_forward(set(group)):
+                return found
         return room
 
     def accept(self, items: Iterable[Completion | Rejection], spent: Spent) -> None:
@@ -275,10 +252,10 @@ class Workbench:
             entry = self.in_engine.get(item.index)
             if entry is None:
                 continue
-            row, shard = item.index, entry[1]
+            row, shard = item.index, entry.shard
             missing = shard.missing(row)
             if isinstance(item, Rejection):
-                del self.in_engine[row], self._outstanding[row]
+                self.in_engine.forget(row)
                 if missing:
                     values = input_as_json(shard.inputs.pop(row))
                     self.rows_failed += shard.fail(Failure(row, item.code, item.message, 1, values))
@@ -289,9 +266,7 @@ class Workbench:
             if shard.lease is None or item.sample_index not in missing:
                 # Somebody else's now, or finished elsewhere before: what it cost here helps nobody.
                 self.ledger.lose(own)
-            self._outstanding[row].discard(item.sample_index)
-            if not self._outstanding[row]:
-                del self.in_engine[row], self._outstanding[row]
+            self.in_engine.sample_done(row, item.sample_index)
             self.completion_tokens += len(item.token_ids)
             if missing and not shard.missing(row):
                 shard.inputs.pop(row)
@@ -305,15 +280,12 @@ class Workbench:
         shard.aside.pop(row, None)
         self.suspects.forget(row.__eq__)
         if row in self.in_engine:
-            self._drop([row])
+            self.in_engine.drop([row])
 
     def accept_dropped(self, message: Dropped) -> None:
         """The engine has forgotten rows, which from now on may be given to it again."""
         self.report(message.spent)
-        self.dropping.difference_update(message.rows)
-        for row in message.rows:
-            self.in_engine.pop(row, None)
-            self._outstanding.pop(row, None)
+        self.in_engine.dropped(message.rows)
         for shard in self.open.values():
             self._take_back(shard)
         self.changed.notify_all()
@@ -324,8 +296,8 @@ class Workbench:
         self.snapshot = "none"
         for key, decoded in message.samples:
             entry = self.in_engine.get(key.row)
-            if entry is not None and decoded.token_ids and key.sample in entry[1].missing(key.row):
-                shard = entry[1]
+            if entry is not None and decoded.token_ids and key.sample in entry.shard.missing(key.row):
+                shard = entry.shard
                 base = shard.sent.get(key, NOTHING)
                 charges = charges_after(
                     base, self._worker, self._usd_per_hour, decoded.prefill_ns, decoded.token_ns
@@ -342,40 +314,40 @@ class Workbench:
         """The engine is gone: its rows go back to the queue, to continue where the last snapshot saw
         them; what else it computed was wasted. Of a ``death``, which is followed by another engine, the
         rows in flight are suspected."""
-        in_flight = {id(shard): shard for _, shard in self.in_engine.values() if shard.lease is not None}
+        rows = self.in_engine.all()
+        in_flight = {id(row.shard): row.shard for row in rows if row.shard.lease is not None}
         kept = self._engine_kept + sum(shard.own_in_flight() for shard in in_flight.values())
         self.ledger.engine_ended(self._clock.now_ns(), kept, "startup" if death else "storage")
         self._engine_kept = 0
         self.engine_ready = False
         self.snapshot = "none"
-        self.to_drop.clear()
-        self.dropping.clear()
         if death is not None and self.in_engine:
             self._blame(death)
         back = []
-        for row, (request, shard) in self.in_engine.items():
-            missing = shard.missing(row)
-            if shard.lease is not None and missing and row not in shard.aside:
-                back.append(_still_to_do(request, shard, missing))
+        for row in rows:
+            shard, missing = row.shard, row.shard.missing(row.request.index)
+            if shard.lease is not None and missing and row.request.index not in shard.aside:
+                back.append(shard.still_to_do(row.request, missing))
         for shard in self.open.values():
             shard.sent.clear()
         self.in_engine.clear()
-        self._outstanding.clear()
         for shard in self.open.values():
             self._take_back(shard)
-        self._put_back(back)
+        self.queue.put_back(back)
         self.changed.notify_all()
 
     def _blame(self, death: EngineDeath) -> None:
         """Suspect the rows of which an engine died, and condemn one that can't be tried again."""
         rows = [
-            row
-            for row, (_, shard) in self.in_engine.items()
-            if shard.lease is not None and shard.missing(row)
+            row.request.index
+            for row in self.in_engine.all()
+            if row.shard.lease is not None and row.shard.missing(row.request.index)
         ]
         condemned = self.suspects.died(rows, alone=len(self.in_engine) == 1)
         if condemned is not None:
-            shard = self.in_engine[condemned][1]
+            entry = self.in_engine.get(condemned)
+            assert entry is not None
+            shard = entry.shard
             self.ledger.lose(shard.own_charges(condemned, self._worker))
             self.suspects.forget(condemned.__eq__)
             values = input_as_json(shard.inputs.pop(condemned))
@@ -405,9 +377,8 @@ class Workbench:
                 shard.lease = None
                 self.ledger.lose(shard.own_unpublished(self._worker))
                 del self.open[shard.name]
-                self.queue = deque(request for request in self.queue if not shard.has_row(request.index))
-                self._queue_bytes = sum(map(_size, self.queue))
-                self._drop(row for row in self.in_engine if shard.has_row(row))
+                self.queue.remove(shard.has_row)
+                self.in_engine.drop(row for row in self.in_engine if shard.has_row(row))
                 self.suspects.forget(shard.has_row)
                 self.changed.notify_all()
 
@@ -422,40 +393,15 @@ class Workbench:
     def check(self) -> None:
         """Raise AssertionError where the invariant is broken."""
         with self.changed:
-            queued = [request.index for request in self.queue]
-            assert len(set(queued)) == len(queued)
-            assert self._queue_bytes == sum(map(_size, self.queue))
-            assert not set(queued) & self.in_engine.keys()
+            self.queue.check()
+            assert not any(row in self.in_engine for row in self.queue.rows())
             for shard in self.open.values():
                 shard.check()
             self.suspects.check()
             self.ledger.check(self._clock.now_ns())
-
-    def _put_back(self, requests: list[Request]) -> None:
-        self.queue.extendleft(reversed(requests))
-        self._queue_bytes += sum(map(_size, requests))
-
-    def _queue_has_room(self) -> bool:
-        return len(self.queue) < self._read_ahead and self._queue_bytes < QUEUE_BYTES
 
     def _shard_of(self, row: int) -> OpenShard | None:
         for shard in self.open.values():
             if shard.has_row(row):
                 return shard
         return None
-
-
-def _still_to_do(request: Request, shard: OpenShard, missing: tuple[int, ...]) -> Request:
-    """A request for the samples of a row that are missing, from what is known of them."""
-    keys = [(sample, SampleKey(request.index, sample)) for sample in missing]
-    resume = {sample: shard.partials[key].decoded for sample, key in keys if key in shard.partials}
-    samples = None if len(missing) == shard.n else missing
-    return Request(request.index, request.prompt, request.sampling, resume, samples)
-
-
-def _size(request: Request) -> int:
-    """About how many bytes a request's prompt takes."""
-    prompt = request.prompt
-    if isinstance(prompt, str):
-        return len(prompt)
-    return sum(8 if isinstance(part, int) else len(str(part.get("content"))) for part in prompt)
