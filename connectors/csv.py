@@ -115,7 +115,10 @@ def header(records: CsvRecords, uri: str) -> list[str]:
     """
     first = next(iter(records), None)
     if not _is_unicode(records.raw):
-        raise StorageError(f"{uri}: the header line is not UTF-8; {CONVERT}")
+        # What spreadsheets call Unicode text begins with one of these marks.
+        wide = records.raw.startswith(("\udcff\udcfe", "\udcfe\udcff"))
+        advice = CONVERT.replace("WINDOWS-1252", "UTF-16") if wide else CONVERT
+        raise StorageError(f"{uri}: the header line is not UTF-8; {advice}")
     if first is None or isinstance(first, csv.Error):
         raise StorageError(f"{uri}: the file has no header line with the columns' names; add one")
     names = [name or f"column{position}" for position, name in enumerate(first)]

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from batchinfer.connectors.errors import translate
 from batchinfer.engine.types import SamplingParams
 from batchinfer.jobs.columns import part_table, usd
 from batchinfer.jobs.folder import JobFolder, ShardName, new_nonce
@@ -40,7 +41,10 @@ def commit(
     table = table.replace_schema_metadata({**(schema.metadata or {}), b"batchinfer": footer.to_bytes()})
     with tempfile.TemporaryDirectory(prefix="batchinfer-") as scratch:
         path = Path(scratch) / "part.parquet"
-        pq.write_table(table, path, compression="zstd")
+        try:
+            pq.write_table(table, path, compression="zstd")
+        except OSError as error:
+            raise translate(error, f"{path} (TMPDIR says where)") from error
         before_publishing()
         if failures:
             folder.write_failures(shard, [failures[row] for row in sorted(failures)], nonce)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
@@ -19,6 +21,7 @@ from batchinfer.jobs.view import status_line, status_lines
 REFRESH_SECONDS = 2.0
 LINE_SECONDS = 10.0
 _WAKE_SECONDS = 0.1
+_LOGGED = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+ (?=\S)")
 
 
 def follow(job: Job, workers: LocalWorkers | None = None) -> JobStatus:
@@ -49,8 +52,19 @@ def _with_last_words(status: JobStatus, workers: LocalWorkers) -> JobStatus:
     code = next((code for code in (78, 70, 77, 75) if code in ended), None)
     if code is None:
         return status
-    message = f"a worker ended with exit code {code}, and {ended[code]} says why; submit again to go on"
+    words = _last_sentence(ended[code]) or f"{ended[code]} says why; submit again to go on"
+    message = f"a worker ended with exit code {code}: {words}"
     return replace(status, state="failed" if code != 75 else "stalled", message=message, exit_code=code)
+
+
+def _last_sentence(log: Path) -> str:
+    """What a worker's log ends with, where that is a sentence of its own and no traceback."""
+    try:
+        last = log.read_text(errors="replace").splitlines()[-1]
+    except (OSError, IndexError):
+        return ""
+    begin = _LOGGED.match(last)
+    return last[begin.end() :] if begin else ""
 
 
 class _Lines:

@@ -78,7 +78,7 @@ def _all_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def _suggestion(detail: ErrorDetails, model: type[BaseModel]) -> str:
     unknown = str(detail["loc"][-1])
     siblings = list(_fields(detail["loc"][:-1], model))
-    near = difflib.get_close_matches(unknown, siblings, n=1, cutoff=0.7)
+    near = difflib.get_close_matches(unknown, siblings, n=1, cutoff=0.6)
     elsewhere = [path for path in _all_paths(model) if path.rpartition(".")[2] == unknown]
     if near or elsewhere:
         return f"; did you mean {(near or elsewhere)[0]}?"

@@ -142,4 +142,6 @@ def _read_text(where: str) -> str:
     except UnicodeDecodeError:
         raise JobError(f"{where} is not a text file: give the path of a job spec in YAML or JSON") from None
     except OSError as error:
-        raise JobError(f"{where} can't be read: {error.strerror}") from None
+        raise JobError(
+            f"{where} can't be read ({error.strerror}): give the path of a job spec in YAML or JSON"
+        ) from None

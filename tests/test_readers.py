@@ -764,7 +764,7 @@ def test_csv_files_with_other_columns_in_another_order(tmp_path: Path) -> None:
         (b"", "no header line"),
         (b"a,b,a\n1,2,3\n", "names the column a more than once"),
         ("a,größe\n1,2\n".encode("latin-1"), "the header line is not UTF-8; .* iconv"),
-        ("a,b\n1,2\n".encode("utf-16"), "the header line is not UTF-8; .* iconv"),
+        ("a,b\n1,2\n".encode("utf-16"), "the header line is not UTF-8; .* iconv -f UTF-16"),
     ],
 )
 def test_csv_headers(text: bytes, message: str, tmp_path: Path) -> None:
