@@ -1,5 +1,7 @@
 # make demo: a whole job on this machine, from an empty clone. make test: every check. make chaos: runs of
-# whole jobs whose processes are killed and whose store fails (RUNS of them, from seed SEED on).
+# whole jobs whose processes are killed and whose store fails (RUNS of them, from seed SEED on). make image-test:
+# the CPU image's steps and workers from it, without a container engine (as root; IMAGE: further arguments of
+# tests/image_check.py). make pins: the newest versions for the images.
 
 PYTHON ?= python3
 # Where there is an NVIDIA GPU the newest build for CUDA; elsewhere the release the project is tested with.
@@ -7,11 +9,14 @@ TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 PYTEST ?=
 RUNS ?= 60
 SEED ?= 0
+IMAGE ?=
+# Where uv finds the builds of torch for CPUs.
+CPU_TORCH ?= --torch-backend cpu
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test chaos lint install clean
+.PHONY: demo test chaos image-test pins lint install clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -22,6 +27,16 @@ test: lint
 
 chaos: $(INSTALLED)
 	$(BIN)/python tests/chaos.py --runs $(RUNS) --seed $(SEED)
+
+image-test: $(INSTALLED)
+	PYTHONPATH=examples $(BIN)/python tests/image_check.py --work .image $(IMAGE)
+
+PINS = uv pip compile --quiet --upgrade --python-version 3.11 --no-annotate --no-emit-package torch \
+	--custom-compile-command "make pins" --extra s3 --extra gcs --extra azure pyproject.toml docker/torch.txt
+
+pins:
+	$(PINS) --extra engine $(CPU_TORCH) --output-file docker/requirements-cpu.txt
+	$(PINS) --extra gpu --output-file docker/requirements.txt
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -44,4 +59,4 @@ $(INSTALLED): pyproject.toml Makefile
 	@touch $@
 
 clean:
-	rm -rf .venv .demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .demo .image build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
