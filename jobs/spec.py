@@ -18,94 +18,14 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from batchinfer.engine.types import SamplingParams
 from batchinfer.jobs.backends.options import OptionsSpec
-from batchinfer.jobs.spec_errors import sentence
+from batchinfer.jobs.credentials import checked_uri, options_without_credentials, without_credentials
+from batchinfer.jobs.spec_errors import rule, sentence
 from batchinfer.jobs.types import JobError
 
-_CREDENTIAL = re.compile(
-    r"(^|_)(key_id|secret|password|passwd|token|credentials?|connection_string|sas|"
-    r"(access|account|api|private|secret|shared)_key)$|^(key|secret_access_key)$"
-)
-_URI_WITH_PASSWORD = re.compile(r"^[a-z][a-z0-9+.-]*://[^/@]*:[^/@]*@", re.IGNORECASE)
-_SECRET_VALUE = re.compile(
-    r"(?<![A-Za-z0-9])(AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])|-----BEGIN [A-Z ]*PRIVATE KEY|"
-    r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{30,}|[a-z][a-z0-9+.-]*://[^/@\s]*:[^/@\s]*@"
-)
-_ASSIGNMENT = re.compile(r"(?:^|[\s;])([A-Za-z_][A-Za-z0-9_]*)=[\"']?(?![\"'$\s])\S")
 _SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?\s*$", re.IGNORECASE)
-
-
-def _error(message: str, **context: Any) -> PydanticCustomError:
-    """An error whose message goes on after the field's path; ``field`` extends that path."""
-    return PydanticCustomError("rule", "{message}", {"message": message, **context})
-
-
-def looks_like_credential(key: str) -> bool:
-    """Whether a key's name says that its value is a secret: ``aws_secret_access_key``, ``apiToken``."""
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).replace("-", "_").lower()
-    return _CREDENTIAL.search(words) is not None
-
-
-def _refuse_credentials(value: Any, path: tuple[str, ...] = ()) -> None:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            if looks_like_credential(str(key)):
-                raise _error(
-                    "looks like a credential, and a job's spec is stored beside its output: remove it and "
-                    "set it in the environment of the workers, or give them a role",
-                    field=".".join((*path, str(key))),
-                )
-            _refuse_credentials(inner, (*path, str(key)))
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            _refuse_credentials(inner, path)
-    elif isinstance(value, str) and (
-        _SECRET_VALUE.search(value) or any(map(looks_like_credential, _ASSIGNMENT.findall(value)))
-    ):
-        raise _error(
-            "holds a credential, and a job's spec is stored beside its output: remove it and set it in the "
-            "environment of the workers, or give them a role",
-            field=".".join(path),
-        )
-
-
-def _checked_uri(uri: str) -> str:
-    if not uri.strip():
-        raise _error("is empty, but it must be a path or a URI such as s3://bucket/folder/")
-    if _URI_WITH_PASSWORD.match(uri):
-        raise _error(
-            "holds a credential, and a job's spec is stored beside its output: take it out of the URI and "
-            "set it in the environment of the workers"
-        )
-    return uri
-
-
-def _without_credentials(value: Any) -> Any:
-    _refuse_credentials(value)
-    return value
-
-
-def _options_without_credentials(value: Any) -> Any:
-    """Options may name variables whose values a service keeps as secrets, but not hold these values."""
-    if not isinstance(value, Mapping):
-        return value
-    for backend, options in value.items():
-        if isinstance(options, Mapping) and isinstance(options.get("secrets"), Mapping):
-            for name, reference in options["secrets"].items():
-                if not str(reference).startswith(("arn:", "projects/")):
-                    raise _error(
-                        "is no address of a secret: give where the service keeps it (arn:… or projects/…), "
-                        "never its value",
-                        field=f"{backend}.secrets.{name}",
-                    )
-            options = {key: inner for key, inner in options.items() if key != "secrets"}
-        if isinstance(options, Mapping):  # what tolerations call a key is the name of a taint
-            options = {key: inner for key, inner in options.items() if key != "tolerations"}
-        _refuse_credentials(options, (str(backend),))
-    return value
 
 
 def _source_as_model(value: Any) -> Any:
@@ -121,14 +41,14 @@ def _size_in_bytes(value: Any) -> Any:
         return value
     match = _SIZE.match(value)
     if match is None:
-        raise _error(f"is {value!r}, but it must be a size such as 16GiB or 500MB")
+        raise rule(f"is {value!r}, but it must be a size such as 16GiB or 500MB")
     number, prefix, binary = match.groups()
     return int(
         float(number) * (1024 if binary else 1000) ** ("KMGT".index(prefix.upper()) + 1 if prefix else 0)
     )
 
 
-Uri = Annotated[str, AfterValidator(_checked_uri)]
+Uri = Annotated[str, AfterValidator(checked_uri)]
 Positive = Annotated[StrictInt, Field(ge=1)]
 Bytes = Annotated[Positive, BeforeValidator(_size_in_bytes, json_schema_input_type=int | str)]
 
@@ -143,7 +63,8 @@ class ModelSpec(Part):
     """The model that answers, and in which precision."""
 
     source: Uri = Field(
-        description="a Hugging Face id, a folder, a folder in object storage, a GGUF file or package://NAME/FILE"
+        description="a Hugging Face id, a folder, a folder in object storage, a GGUF file or package://NAME/FILE",
+        examples=["Qwen/Qwen3-0.6B"],
     )
     dtype: Literal["bf16", "fp16", "fp32"] = Field(default="bf16", description="of weights and activations")
     quantize: Literal["int8", "int4", "fp8"] | None = Field(
@@ -152,6 +73,7 @@ class ModelSpec(Part):
     max_context: Positive | None = Field(
         default=None,
         description="longest prompt and completion together, in tokens; null: the model's own limit",
+        examples=[4096],
     )
     kv_dtype: Literal["auto", "bf16", "int8", "fp8"] = Field(default="auto", description="of the KV cache")
 
@@ -163,7 +85,10 @@ class InputSpec(Part):
         tuple[Uri, ...],
         Field(min_length=1),
         BeforeValidator(_one_as_list, json_schema_input_type=str | list[str]),
-    ] = Field(description="a file, a folder, a glob, or a list of them")
+    ] = Field(
+        description="a file, a folder, a glob, or a list of them",
+        examples=["s3://bucket/prompts/*.parquet"],
+    )
     format: Literal["auto", "parquet", "jsonl", "csv", "openai"] = Field(
         default="auto",
         description="auto: by the file names; openai: batch files, each line with its prompt and sampling",
@@ -174,49 +99,67 @@ class InputSpec(Part):
         description="what separates the fields of CSV; null: found: a comma, semicolon, tab or bar",
         examples=[";"],
     )
-    columns: tuple[str, ...] | None = Field(default=None, description="columns to pass through; null: all")
+    columns: tuple[str, ...] | None = Field(
+        default=None, description="columns to pass through; null: all", examples=[["id", "language"]]
+    )
 
 
 class MessageSpec(Part):
     """One chat message; its content is a template."""
 
     role: str = Field(
-        min_length=1, description="system, user, assistant, or what the model's template knows"
+        min_length=1,
+        description="system, user, assistant, or what the model's template knows",
+        examples=["system"],
     )
-    content: str = Field(description="a Jinja2 template over the row")
+    content: str = Field(
+        description="a Jinja2 template over the row", examples=["You translate into {{ language }}."]
+    )
 
 
 class SamplingSpec(Part):
     """How completions are chosen and when they end; the fields are those of SamplingParams."""
 
     max_tokens: StrictInt | None = Field(
-        default=256, description="tokens to generate at most; null: up to max_context"
+        default=256, description="tokens to generate at most; null: up to max_context", examples=[64]
     )
     min_tokens: StrictInt = Field(
-        default=0, description="tokens before a stop string or the end of the sequence counts"
+        default=0, description="tokens before a stop string or the end of the sequence counts", examples=[1]
     )
-    temperature: StrictFloat = Field(default=0.0, description="0 is greedy")
-    top_k: StrictInt = Field(default=0, description="0: off")
-    top_p: StrictFloat = Field(default=1.0, description="1: off")
-    min_p: StrictFloat = Field(default=0.0, description="0: off")
-    repetition_penalty: StrictFloat = Field(default=1.0, description="1: off; over prompt and completion")
-    presence_penalty: StrictFloat = Field(default=0.0, description="0: off; over the completion")
-    frequency_penalty: StrictFloat = Field(default=0.0, description="0: off; over the completion")
+    temperature: StrictFloat = Field(default=0.0, description="0 is greedy", examples=[0.7])
+    top_k: StrictInt = Field(default=0, description="0: off", examples=[40])
+    top_p: StrictFloat = Field(default=1.0, description="1: off", examples=[0.9])
+    min_p: StrictFloat = Field(default=0.0, description="0: off", examples=[0.05])
+    repetition_penalty: StrictFloat = Field(
+        default=1.0, description="1: off; over prompt and completion", examples=[1.1]
+    )
+    presence_penalty: StrictFloat = Field(
+        default=0.0, description="0: off; over the completion", examples=[0.5]
+    )
+    frequency_penalty: StrictFloat = Field(
+        default=0.0, description="0: off; over the completion", examples=[0.5]
+    )
     logit_bias: dict[int, StrictFloat] = Field(
-        default_factory=dict, description="added to logits, by token id"
+        default_factory=dict, description="added to logits, by token id", examples=[{220: -100.0}]
     )
-    seed: StrictInt = Field(default=0, description="of the sampling noise, with the row's position")
+    seed: StrictInt = Field(
+        default=0, description="of the sampling noise, with the row's position", examples=[7]
+    )
     stop: Annotated[
         tuple[str, ...], BeforeValidator(_one_as_list, json_schema_input_type=str | list[str])
-    ] = Field(default=(), description="strings that end a completion")
-    stop_token_ids: tuple[StrictInt, ...] = Field(default=(), description="token ids that end a completion")
+    ] = Field(default=(), description="strings that end a completion", examples=[["\n\n"]])
+    stop_token_ids: tuple[StrictInt, ...] = Field(
+        default=(), description="token ids that end a completion", examples=[[2]]
+    )
     include_stop: StrictBool = Field(default=False, description="keep the stop string in the completion")
     ignore_eos: StrictBool = Field(default=False, description="go on after the end-of-sequence token")
-    n: StrictInt = Field(default=1, description="samples of each row")
+    n: StrictInt = Field(default=1, description="samples of each row", examples=[4])
     logprobs: StrictInt | None = Field(
-        default=None, description="0: of the sampled tokens; k: and of the k most likely"
+        default=None, description="0: of the sampled tokens; k: and of the k most likely", examples=[0]
     )
-    prompt_logprobs: StrictInt | None = Field(default=None, description="the same for the prompt's tokens")
+    prompt_logprobs: StrictInt | None = Field(
+        default=None, description="the same for the prompt's tokens", examples=[0]
+    )
 
     @model_validator(mode="after")
     def _in_range(self) -> Self:
@@ -224,14 +167,14 @@ class SamplingSpec(Part):
             SamplingParams(**dict(self))
         except ValueError as error:
             field, _, rest = str(error).partition(" ")
-            raise _error(rest, field=field) from None
+            raise rule(rest, field=field) from None
         return self
 
 
 class OutputSpec(Part):
     """Where the answers go; the URI is the job's address from then on."""
 
-    uri: Uri = Field(description="a folder that no other job uses")
+    uri: Uri = Field(description="a folder that no other job uses", examples=["s3://bucket/answers/"])
     tokens: StrictBool = Field(
         default=False, description="add token ids, log-probabilities and costs, one entry a token"
     )
@@ -240,7 +183,9 @@ class OutputSpec(Part):
 class ShardsSpec(Part):
     """How the input is cut."""
 
-    rows: Positive | None = Field(default=None, description="rows of a shard; null: a few minutes of work")
+    rows: Positive | None = Field(
+        default=None, description="rows of a shard; null: a few minutes of work", examples=[10_000]
+    )
 
 
 class WorkersSpec(Part):
@@ -255,15 +200,20 @@ class WorkersSpec(Part):
     memory: Bytes | None = Field(
         default=None,
         description="of one worker, such as 16GiB; local workers share out this machine's",
+        examples=["16GiB"],
     )
     image: str | None = Field(
-        default=None, description="the container image of a worker, for backends that run containers"
+        default=None,
+        description="the container image of a worker, for backends that run containers",
+        examples=["registry.example.com/batchinfer:0.1.0"],
     )
     spot: StrictBool = Field(
         default=True, description="use interruptible machines where the backend has them"
     )
-    max_attempts: Positive = Field(default=5, description="starts of one worker before it is given up")
-    options: Annotated[OptionsSpec, BeforeValidator(_options_without_credentials)] = Field(
+    max_attempts: Positive = Field(
+        default=5, description="starts of one worker before it is given up", examples=[3]
+    )
+    options: Annotated[OptionsSpec, BeforeValidator(options_without_credentials)] = Field(
         default=OptionsSpec(), description="further settings, by backend"
     )
 
@@ -272,31 +222,39 @@ class PriceSpec(Part):
     """What a worker costs."""
 
     usd_per_hour: StrictFloat | None = Field(
-        default=None, ge=0, description="of one worker, in USD; null: costs stay empty"
+        default=None, ge=0, description="of one worker, in USD; null: costs stay empty", examples=[2.5]
     )
 
 
 class BudgetSpec(Part):
     """What a job may cost at most."""
 
-    max_usd: StrictFloat | None = Field(default=None, gt=0, description="in USD; null: no limit")
-    max_worker_hours: StrictFloat | None = Field(default=None, gt=0, description="null: no limit")
+    max_usd: StrictFloat | None = Field(
+        default=None, gt=0, description="in USD; null: no limit", examples=[100.0]
+    )
+    max_worker_hours: StrictFloat | None = Field(
+        default=None, gt=0, description="null: no limit", examples=[40.0]
+    )
 
 
 class FailuresSpec(Part):
     """When failing rows stop the job."""
 
     max_share: StrictFloat = Field(
-        default=0.05, ge=0, le=1, description="of rows failed, above which the job stops"
+        default=0.05, ge=0, le=1, description="of rows failed, above which the job stops", examples=[0.2]
     )
-    after_rows: Positive = Field(default=200, description="rows that must be done before max_share counts")
+    after_rows: Positive = Field(
+        default=200, description="rows that must be done before max_share counts", examples=[1000]
+    )
 
 
 class StoreSpec(Part):
     """Where a store is; credentials come from the environment or the role."""
 
-    endpoint_url: str | None = Field(default=None, description="of a store that speaks S3")
-    region: str | None = None
+    endpoint_url: str | None = Field(
+        default=None, description="of a store that speaks S3", examples=["http://localhost:9000"]
+    )
+    region: str | None = Field(default=None, description="of its buckets", examples=["eu-central-1"])
 
 
 PromptField = Literal["prompt", "messages", "prompt_column", "messages_column"]
@@ -320,19 +278,26 @@ class JobSpec(Part):
 
     model_config = ConfigDict(json_schema_extra=_exactly_one_prompt)
 
-    name: str | None = Field(default=None, description="for people")
+    name: str | None = Field(default=None, description="for people", examples=["summaries"])
     model: Annotated[
         ModelSpec, BeforeValidator(_source_as_model, json_schema_input_type=str | ModelSpec)
     ] = Field(description="the model, or just its source as a string")
     input: InputSpec
-    prompt: str | None = Field(default=None, description="a Jinja2 template over the row")
-    messages: Annotated[tuple[MessageSpec, ...], Field(min_length=1)] | None = Field(
-        default=None, description="chat messages whose contents are Jinja2 templates"
+    prompt: str | None = Field(
+        default=None, description="a Jinja2 template over the row", examples=["Summarise:\n\n{{ text }}"]
     )
-    prompt_column: str | None = Field(default=None, description="the column that holds the prompt")
+    messages: Annotated[tuple[MessageSpec, ...], Field(min_length=1)] | None = Field(
+        default=None,
+        description="chat messages whose contents are Jinja2 templates",
+        examples=[[{"role": "user", "content": "{{ text }}"}]],
+    )
+    prompt_column: str | None = Field(
+        default=None, description="the column that holds the prompt", examples=["question"]
+    )
     messages_column: str | None = Field(
         default=None,
         description="the column that holds chat messages: a list of {role, content}, or it as JSON",
+        examples=["messages"],
     )
     sampling: SamplingSpec = SamplingSpec()
     output: OutputSpec
@@ -341,8 +306,10 @@ class JobSpec(Part):
     price: PriceSpec = PriceSpec()
     budget: BudgetSpec = BudgetSpec()
     failures: FailuresSpec = FailuresSpec()
-    storage: Annotated[dict[str, StoreSpec], BeforeValidator(_without_credentials)] = Field(
-        default_factory=dict, description="settings of stores, by URI prefix; never credentials"
+    storage: Annotated[dict[str, StoreSpec], BeforeValidator(without_credentials)] = Field(
+        default_factory=dict,
+        description="settings of stores, by URI prefix; never credentials",
+        examples=[{"s3://bucket/": {"region": "eu-central-1"}}],
     )
 
     @model_validator(mode="after")
@@ -351,26 +318,26 @@ class JobSpec(Part):
         if self.input.format == "openai":
             own = [*given, *["sampling"] * (self.sampling != SamplingSpec())]
             if own:
-                raise _error(
+                raise rule(
                     "can't be given beside input.format openai, as every line of a batch file carries its "
                     "own: remove it",
                     field=own[0],
                 )
         elif len(given) != 1:
             found = " and ".join(given) if given else "none of them"
-            raise _error(
+            raise rule(
                 f"exactly one of {', '.join(PROMPT_FIELDS)} says what to ask the model, but there is "
                 f"{found}"
             )
         if self.budget.max_usd is not None and self.price.usd_per_hour is None:
-            raise _error(
+            raise rule(
                 "needs price.usd_per_hour, to know what a worker costs: add it, or set "
                 "budget.max_worker_hours instead",
                 field="budget.max_usd",
             )
         for prefix in self.storage:
             if "://" not in prefix:
-                raise _error(
+                raise rule(
                     "is no URI prefix: write the key as the beginning of a URI, such as s3://bucket/",
                     field=f"storage.{prefix}",
                 )

@@ -7,9 +7,14 @@ import typing
 from collections.abc import Iterator
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 _LONGEST_VALUE = 60
+
+
+def rule(message: str, **context: typing.Any) -> PydanticCustomError:
+    """An error whose message goes on after the field's path; ``field`` in its context extends that path."""
+    return PydanticCustomError("rule", "{message}", {"message": message, **context})
 
 
 def sentence(error: ValidationError, model: type[BaseModel]) -> str:

@@ -12,7 +12,8 @@ import yaml
 from pydantic import TypeAdapter
 
 from batchinfer.engine.types import SamplingParams
-from batchinfer.jobs.spec import Bytes, JobSpec, SamplingSpec, looks_like_credential, parse_spec
+from batchinfer.jobs.credentials import looks_like_credential
+from batchinfer.jobs.spec import Bytes, JobSpec, SamplingSpec, parse_spec
 from batchinfer.jobs.spec_source import apply_override, load_spec
 from batchinfer.jobs.types import JobError
 
