@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from batchinfer.kernels.fp8 import FP8Linear, pack_fp8, quantize_rows
 from batchinfer.kernels.ops import AttentionBatch, KVCache, KVSpec, PackedLinear
 
 # fp32 elements of the largest temporary that attention makes: 64 MiB.
@@ -69,16 +70,28 @@ class ReferenceOperators:
 
     def pack_linear(
         self, weight: torch.Tensor, bias: torch.Tensor | None, quantize: str | None
-    ) -> ReferenceLinear:
-        """Keep the weight. Raises ValueError when asked to quantize it."""
+    ) -> ReferenceLinear | FP8Linear:
+        """Keep the weight, or round its rows to fp8. Raises ValueError for another quantization."""
+        if quantize == "fp8":
+            return pack_fp8(weight, bias)
         if quantize is not None:
             raise ValueError(f"The reference operators can't quantize weights to {quantize}.")
         return ReferenceLinear(weight, bias)
 
     def linear(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
-        """[T, in] -> [T, out]."""
+        """[T, in] -> [T, out]; for an fp8 weight each row of ``x`` is rounded to fp8 too."""
+        if isinstance(weight, FP8Linear):
+            return weight.product(quantize_rows(x), x.dtype)
         assert isinstance(weight, ReferenceLinear)
         return F.linear(x, weight.weight, weight.bias)
+
+    def gated_linear(self, x: torch.Tensor, weight: PackedLinear, kind: str) -> torch.Tensor:
+        """[T, in] -> [T, out / 2]."""
+        return self.gated_activation(self.linear(x, weight), kind)
+
+    def logits(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
+        """[n, in] -> fp32 [n, out]."""
+        return self.linear(x, weight).float()
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Over the last dimension, in fp32 inside."""

@@ -1,0 +1,503 @@
+"""The operators on CUDA: Triton kernels, matrix products by cuBLAS, fp8 ones by ``torch._scaled_mm``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from batchinfer.kernels.fp8 import FP8Linear, FP8Rows, pack_fp8
+from batchinfer.kernels.ops import (
+    AttentionBatch,
+    KernelsUnavailable,
+    KVCache,
+    KVSpec,
+    PackedLinear,
+)
+from batchinfer.kernels.triton.attention import decode_kernel, prefill_kernel, reduce_kernel, shared_kernel
+from batchinfer.kernels.triton.rotary import rotary_kernel
+from batchinfer.kernels.triton.rows import activation_kernel, norm_kernel, quantize_kernel
+from batchinfer.kernels.triton.sample import bound_kernel, choose_kernel
+from batchinfer.kernels.triton.sharing import SharedSplits, find_shared
+from batchinfer.kernels.triton.tiles import (
+    BLOCK,
+    SPLIT,
+    AttentionTile,
+    decode_tile,
+    num_splits,
+    power_of_two,
+    prefill_tile,
+    row_warps,
+    shared_tile,
+)
+
+_FP8 = torch.float8_e4m3fn
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16)
+
+# Tokens of the vocabulary that one program scores.
+STRETCH = 2048
+
+# fp8 products and conversions came with Ada.
+_FIRST_WITH_FP8 = (8, 9)
+
+
+@dataclass(frozen=True, slots=True)
+class TritonKVCache:
+    """Keys and values, each [num_layers, num_blocks, Hkv, BLOCK, D].
+
+    An fp8 cache keeps beside each head of a token the largest magnitude of its key and of its value,
+    fp32 [num_layers, num_blocks, Hkv, BLOCK]: the stored number 448 stands for it.
+    """
+
+    spec: KVSpec
+    block_size: int
+    num_blocks: int
+    keys: torch.Tensor
+    values: torch.Tensor
+    key_scales: torch.Tensor | None
+    value_scales: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class TritonLinear:
+    """A weight [out, in] and a bias [out] as they are, for cuBLAS."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    @property
+    def out_features(self) -> int:
+        """Columns of the product."""
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the input."""
+        return self.weight.shape[1]
+
+
+class TritonOperators:
+    """See :class:`~batchinfer.kernels.ops.Operators` for the contract of every method.
+
+    One step runs at a time: what its sequences share is found for its first layer and kept for the
+    others, and a norm's or an activation's fp8 form until the product that reads it.
+    """
+
+    name = "triton"
+
+    def __init__(self, capability: tuple[int, int]) -> None:
+        self._capability = capability
+        self._fp8 = False
+        self._quantized: tuple[torch.Tensor, FP8Rows] | None = None
+        self._found: tuple[AttentionBatch, int, SharedSplits] | None = None
+
+    def block_size(self, spec: KVSpec) -> int:
+        """32 tokens a block."""
+        return BLOCK
+
+    def block_bytes(self, spec: KVSpec) -> int:
+        """Bytes of one block over all layers, with the scales of an fp8 cache."""
+        scale = 4 if spec.dtype == _FP8 else 0
+        per_head = spec.head_size * spec.dtype.itemsize + scale
+        return 2 * spec.num_layers * spec.num_kv_heads * per_head * BLOCK
+
+    def allocate_kv(self, spec: KVSpec, num_blocks: int, device: torch.device) -> TritonKVCache:
+        """Zeroed blocks. Raises ValueError for a dtype that they can't hold on this GPU."""
+        if spec.dtype not in (*_PLAIN, _FP8):
+            raise ValueError(f"the triton operators keep no KV cache of {spec.dtype}.")
+        if spec.dtype == _FP8 and self._capability < _FIRST_WITH_FP8:
+            raise ValueError(
+                "an fp8 KV cache needs a GPU of compute capability 8.9 or higher, "
+                f"not {self._capability[0]}.{self._capability[1]}."
+            )
+        shape = (spec.num_layers, num_blocks, spec.num_kv_heads, BLOCK, spec.head_size)
+        keys, values = (torch.zeros(shape, dtype=spec.dtype, device=device) for _ in range(2))
+        if spec.dtype != _FP8:
+            return TritonKVCache(spec, BLOCK, num_blocks, keys, values, None, None)
+        scales = [torch.zeros(shape[:-1], dtype=torch.float32, device=device) for _ in range(2)]
+        return TritonKVCache(spec, BLOCK, num_blocks, keys, values, *scales)
+
+    def pack_linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, quantize: str | None
+    ) -> TritonLinear | FP8Linear:
+        """Keep the weight, or round each of its rows to fp8 with a scale.
+
+        A weight whose sizes are no multiples of 16 can't be multiplied in fp8 and is kept. Raises
+        ValueError for another quantization, or on a GPU without fp8.
+        """
+        if quantize is None:
+            return TritonLinear(weight, bias)
+        if quantize != "fp8":
+            raise ValueError(f"the triton operators quantize weights to fp8, not to {quantize}.")
+        if self._capability < _FIRST_WITH_FP8:
+            raise ValueError(
+                "fp8 products need a GPU of compute capability 8.9 or higher, "
+                f"not {self._capability[0]}.{self._capability[1]}."
+            )
+        if weight.shape[0] % 16 or weight.shape[1] % 16:
+            return TritonLinear(weight, bias)
+        self._fp8 = True
+        return pack_fp8(weight, bias)
+
+    def linear(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
+        """[T, in] -> [T, out]; for an fp8 weight each row of ``x`` is rounded to fp8 too."""
+        if isinstance(weight, FP8Linear):
+            return weight.product(self._fp8_rows(x), x.dtype)
+        assert isinstance(weight, TritonLinear)
+        return F.linear(x, weight.weight, weight.bias)
+
+    def gated_linear(self, x: torch.Tensor, weight: PackedLinear, kind: str) -> torch.Tensor:
+        """[T, in] -> [T, out / 2]."""
+        return self.gated_activation(self.linear(x, weight), kind)
+
+    def logits(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
+        """[n, in] -> fp32 [n, out]; cuBLAS writes its fp32 sums where there is no bias."""
+        if isinstance(weight, TritonLinear) and weight.bias is None and x.is_cuda and x.dtype.itemsize == 2:
+            return torch.mm(x, weight.weight.t(), out_dtype=torch.float32)
+        return self.linear(x, weight).float()
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Over the last dimension, in fp32 inside."""
+        size = x.shape[-1]
+        rows = x.reshape(-1, size)
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        self._norm(rows, None, weight, eps, out, out)
+        return out
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(normed, sum)."""
+        x, residual = x.contiguous(), residual.contiguous()
+        out, total = torch.empty_like(x), torch.empty_like(x)
+        self._norm(x, residual, weight, eps, out, total)
+        return out, total
+
+    def rotary_and_store(
+        self,
+        qkv: torch.Tensor,
+        cos_sin: torch.Tensor,
+        batch: AttentionBatch,
+        kv: KVCache,
+        layer: int,
+        num_heads: int,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+        eps: float,
+    ) -> torch.Tensor:
+        """Returns the rotated queries [T, Hq, D]; keys and values go to the cache."""
+        assert isinstance(kv, TritonKVCache)
+        spec = kv.spec
+        q = torch.empty(len(qkv), num_heads, spec.head_size, dtype=qkv.dtype, device=qkv.device)
+        if len(qkv) == 0:
+            return q
+        fp8 = kv.key_scales is not None
+        padded = power_of_two(spec.head_size)
+        rotary_kernel[(len(qkv), 2)](
+            qkv,
+            cos_sin,
+            batch.positions,
+            batch.slots,
+            cos_sin if q_norm is None else q_norm,
+            cos_sin if k_norm is None else k_norm,
+            q,
+            kv.keys[layer],
+            kv.values[layer],
+            kv.key_scales[layer] if kv.key_scales is not None else cos_sin,
+            kv.value_scales[layer] if kv.value_scales is not None else cos_sin,
+            qkv.stride(0),
+            eps,
+            HEADS=num_heads,
+            KV_HEADS=spec.num_kv_heads,
+            D=spec.head_size,
+            DP=padded,
+            R=cos_sin.shape[1],
+            BLOCK=BLOCK,
+            HP=power_of_two(num_heads),
+            KP=power_of_two(spec.num_kv_heads),
+            Q_NORM=q_norm is not None,
+            K_NORM=k_norm is not None,
+            FP8=fp8,
+            num_warps=row_warps(power_of_two(num_heads) * padded),
+        )
+        return q
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        kv: KVCache,
+        layer: int,
+        batch: AttentionBatch,
+        scale: float,
+        window: int,
+        soft_cap: float,
+    ) -> torch.Tensor:
+        """[T, Hq, D] -> [T, Hq * D]; blocks that decodes share are read once for all of them."""
+        assert isinstance(kv, TritonKVCache)
+        tokens, heads, size = q.shape
+        spec, sequences = kv.spec, len(batch.context_lens)
+        q = q.contiguous()
+        out = torch.empty(tokens, heads * size, dtype=q.dtype, device=q.device)
+        group = heads // spec.num_kv_heads
+        shape = (size, group, q.dtype, spec.dtype, self._capability)
+        cache = _cache_arguments(kv, layer)
+        # The largest magnitude stands for 448 in an fp8 cache.
+        unit = 1.0 if kv.key_scales is None else 1.0 / 448.0
+        numbers = {"scale": scale * unit, "soft_cap": soft_cap, "window": window, "value_scale": unit}
+        constants = {
+            "HEADS": heads,
+            "KV_HEADS": spec.num_kv_heads,
+            "D": size,
+            "DP": power_of_two(size),
+            "BLOCK": BLOCK,
+            "WINDOW": window > 0,
+            "CAP": soft_cap > 0.0,
+            "FP8": kv.key_scales is not None,
+            "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        }
+        where = {
+            "query_starts": batch.query_starts,
+            "context_lens": batch.context_lens,
+            "block_tables": batch.block_tables,
+            "table_stride": batch.block_tables.stride(0),
+            "sequences": sequences,
+        }
+        if batch.max_query > 1:
+            tile = prefill_tile(*shape)
+            grid = (tokens // (tile.rows // group) + sequences, spec.num_kv_heads)
+            prefill_kernel[grid](
+                q=q, out=out, **cache, **where, **numbers, **constants, **_tile_arguments(tile)
+            )
+        if batch.max_query > 1 and sequences == 1:
+            return out
+        splits = num_splits(batch.max_context)
+        partial = torch.empty(
+            (sequences, heads, splits, size) if splits > 1 else (1,), dtype=torch.float32, device=q.device
+        )
+        scores = torch.empty(
+            (sequences, heads, splits) if splits > 1 else (1,), dtype=torch.float32, device=q.device
+        )
+        results = {"q": q, "out": out, "partial": partial, "partial_scores": scores, "splits": splits}
+        found = self._shared_splits(batch, shape, layer)
+        tile = decode_tile(*shape)
+        decode_kernel[(sequences, spec.num_kv_heads, splits)](
+            **results,
+            **cache,
+            **where,
+            **numbers,
+            **constants,
+            shared=batch.context_lens if found is None else found.shared,
+            SHARED=found is not None,
+            **_tile_arguments(tile),
+        )
+        if found is not None:
+            tile = shared_tile(*shape)
+            programs = -(-sequences // (tile.rows // group))
+            shared_kernel[(programs, spec.num_kv_heads, splits)](
+                **results,
+                **cache,
+                **where,
+                **numbers,
+                **constants,
+                members=found.members,
+                piece_starts=found.piece_starts,
+                piece_sizes=found.piece_sizes,
+                num_pieces=found.num_pieces,
+                **_tile_arguments(tile),
+            )
+        if splits > 1:
+            reduce_kernel[(sequences, heads)](
+                out,
+                partial,
+                scores,
+                batch.query_starts,
+                batch.context_lens,
+                splits,
+                window,
+                HEADS=heads,
+                D=size,
+                DP=power_of_two(size),
+                WINDOW=window > 0,
+                num_warps=1 if size <= 64 else 2,
+            )
+        return out
+
+    def gated_activation(self, gate_up: torch.Tensor, kind: str) -> torch.Tensor:
+        """[T, 2 * I] -> [T, I]. Raises ValueError for an activation that is neither silu nor gelu_tanh."""
+        if kind not in ("silu", "gelu_tanh"):
+            raise ValueError(f"Unknown activation {kind!r}.")
+        rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+        out = torch.empty(rows, size, dtype=gate_up.dtype, device=gate_up.device)
+        if rows == 0:
+            return out
+        quantized, scales = self._quantized_rows(out)
+        width = power_of_two(size)
+        activation_kernel[(rows,)](
+            gate_up,
+            out,
+            quantized,
+            scales,
+            gate_up.stride(0),
+            size,
+            WIDTH=width,
+            GELU=kind == "gelu_tanh",
+            QUANTIZE=self._fp8,
+            num_warps=row_warps(width),
+        )
+        return out
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        keys: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """[S, V] -> int64 [S]."""
+        rows, vocabulary = logits.shape
+        tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+        if rows == 0:
+            return tokens
+        keys = keys.contiguous()
+        stretches = -(-vocabulary // STRETCH)
+        upper, lower = torch.empty(2, rows, stretches, dtype=torch.float32, device=logits.device).unbind()
+        bound_kernel[(rows, stretches)](
+            logits,
+            temperature,
+            keys,
+            positions,
+            upper,
+            lower,
+            logits.stride(0),
+            vocabulary,
+            WIDTH=STRETCH,
+            num_warps=4,
+        )
+        choose_kernel[(rows,)](
+            logits,
+            temperature,
+            keys,
+            positions,
+            upper,
+            lower,
+            tokens,
+            logits.stride(0),
+            vocabulary,
+            stretches,
+            WIDTH=STRETCH,
+            PADDED=power_of_two(stretches),
+            num_warps=4,
+        )
+        return tokens
+
+    def _norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        out: torch.Tensor,
+        total: torch.Tensor,
+    ) -> None:
+        rows, size = x.shape
+        if rows == 0:
+            return
+        quantized, scales = self._quantized_rows(out)
+        width = power_of_two(size)
+        norm_kernel[(rows,)](
+            x,
+            x if residual is None else residual,
+            weight,
+            out,
+            total,
+            quantized,
+            scales,
+            x.stride(0),
+            size,
+            eps,
+            WIDTH=width,
+            ADD=residual is not None,
+            QUANTIZE=self._fp8,
+            num_warps=row_warps(width),
+        )
+
+    def _quantized_rows(self, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where a kernel puts the fp8 form of ``out``; without fp8 weights tensors that it won't touch."""
+        if not self._fp8:
+            return out, out
+        rows = FP8Rows(
+            torch.empty(out.shape, dtype=_FP8, device=out.device),
+            torch.empty(len(out), dtype=torch.float32, device=out.device),
+        )
+        self._quantized = (out, rows)
+        return rows.values, rows.scales
+
+    def _fp8_rows(self, x: torch.Tensor) -> FP8Rows:
+        """The fp8 form of ``x``: what the kernel that made it left, or made now."""
+        if self._quantized is not None and self._quantized[0] is x:
+            return self._quantized[1]
+        rows = FP8Rows(
+            torch.empty(x.shape, dtype=_FP8, device=x.device),
+            torch.empty(len(x), dtype=torch.float32, device=x.device),
+        )
+        if len(x):
+            width = power_of_two(x.shape[1])
+            quantize_kernel[(len(x),)](
+                x,
+                rows.values,
+                rows.scales,
+                x.stride(0),
+                x.shape[1],
+                WIDTH=width,
+                num_warps=row_warps(width),
+            )
+        return rows
+
+    def _shared_splits(
+        self, batch: AttentionBatch, shape: tuple[Any, ...], layer: int
+    ) -> SharedSplits | None:
+        """What the decodes of ``batch`` share; None where nothing can be.
+
+        Found again for every first layer: a recorded step keeps its batch and changes what is in it.
+        """
+        if len(batch.context_lens) < 2 or batch.max_context <= SPLIT:
+            return None
+        most = shared_tile(*shape).rows // shape[1]
+        if layer == 0 or self._found is None or self._found[0] is not batch or self._found[1] != most:
+            self._found = (batch, most, find_shared(batch, num_splits(batch.max_context), most))
+        return self._found[2]
+
+
+def _cache_arguments(kv: TritonKVCache, layer: int) -> dict[str, torch.Tensor]:
+    keys, values = kv.keys[layer], kv.values[layer]
+    return {
+        "keys": keys,
+        "values": values,
+        "key_scales": keys if kv.key_scales is None else kv.key_scales[layer],
+        "value_scales": values if kv.value_scales is None else kv.value_scales[layer],
+    }
+
+
+def _tile_arguments(tile: AttentionTile) -> dict[str, int]:
+    return {"M": tile.rows, "N": tile.keys, "num_warps": tile.warps, "num_stages": tile.stages}
+
+
+def load() -> TritonOperators:
+    """The operators for this process's GPU; under TRITON_INTERPRET=1 for the CPU, to test the kernels.
+
+    Raises KernelsUnavailable, saying why they can't work here.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return TritonOperators((9, 0))
+    if not torch.cuda.is_available():
+        raise KernelsUnavailable("the triton operators need an NVIDIA GPU.")
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        raise KernelsUnavailable(
+            "the triton operators need a GPU of compute capability 8.0 or higher, "
+            f"and this one has {capability[0]}.{capability[1]}."
+        )
+    return TritonOperators(capability)
