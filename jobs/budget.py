@@ -15,6 +15,7 @@ from batchinfer.jobs.clock import Clock
 from batchinfer.jobs.columns import NANOSECONDS_PER_HOUR, usd
 from batchinfer.jobs.folder import JobFolder, new_nonce
 from batchinfer.jobs.records import Control, JobRecord, SettledSlot, Slot
+from batchinfer.jobs.unbought import Unbought
 
 SLOT_NS = 300_000_000_000
 SHORTEST_SLOT_NS = 1_000_000_000
@@ -70,17 +71,32 @@ def slot_ns(cap: Cap, usd_per_hour: float | None, workers: int) -> int:
 
 
 class Slots:
-    """A job's slots: buys, settles and counts them. ``price`` is the spec's: what a slot is in USD."""
+    """A job's slots: buys, settles and counts them. ``price`` is the spec's: what a slot is in USD.
+
+    ``unbought`` is what was spent outside of slots, where the job has not always had a budget: the cap pays
+    for that as well.
+    """
 
     def __init__(
-        self, folder: JobFolder, nanoseconds: int, price: float | None, chance: random.Random
+        self,
+        folder: JobFolder,
+        nanoseconds: int,
+        price: float | None,
+        chance: random.Random,
+        unbought: Unbought | None = None,
     ) -> None:
         self.nanoseconds = nanoseconds
         self.usd = usd(nanoseconds, price) or None
         self._folder = folder
         self._chance = chance
+        self._unbought = unbought
         self._bought: set[int] = set()
         self._settled: dict[int, SettledSlot] = {}
+
+    def begin(self) -> None:
+        """Wait until nobody spends anything outside of slots; to be called before the first is bought."""
+        if self._unbought is not None:
+            self._unbought.wait()
 
     def buy(self, worker: str, cap: Cap) -> int | None:
         """Buy a slot; None where the cap does not pay for another one."""
@@ -104,7 +120,7 @@ class Slots:
         self._folder.settle_slot(number, record)
 
     def used(self) -> tuple[int, float]:
-        """Nanoseconds and USD that the slots seen so far stand for."""
+        """Nanoseconds and USD that the slots seen so far stand for, and what was spent outside of them."""
         rest_ns, rest_usd = self._rest()
         return len(self._bought) * self.nanoseconds - rest_ns, len(self._bought) * (
             self.usd or 0.0
@@ -112,6 +128,8 @@ class Slots:
 
     def _free(self, cap: Cap, window: int) -> int | None:
         """A slot that nobody has bought and the cap pays for: one of the first ``window`` such."""
+        if self._unbought is not None:
+            self._unbought.look()
         bought, settled = self._folder.list_slots()
         self._bought = bought
         free = self._candidates(cap, window)
@@ -140,11 +158,23 @@ class Slots:
         return min(limits)
 
     def _rest(self) -> tuple[int, float]:
+        """What is left of settled slots, less what was spent outside of slots."""
         known = self._settled.values()
+        other_ns, other_usd = (0, 0.0) if self._unbought is None else self._unbought.spent()
         return (
-            sum(self.nanoseconds - slot.spent_ns for slot in known),
-            sum((self.usd or 0.0) - slot.spent_usd for slot in known),
+            sum(self.nanoseconds - slot.spent_ns for slot in known) - other_ns,
+            sum((self.usd or 0.0) - slot.spent_usd for slot in known) - other_usd,
         )
+
+
+def job_slots(
+    folder: JobFolder, clock: Clock, record: JobRecord, control: Control, lease_seconds: float
+) -> Slots:
+    """The slots of the job that ``record`` describes, as ``control`` changes it."""
+    price = record.spec.get("price", {}).get("usd_per_hour")
+    always = any(value is not None for value in record.spec.get("budget", {}).values())
+    unbought = None if always else Unbought(folder, clock, lease_seconds)
+    return Slots(folder, control.slot_ns or record.slot_ns, price, random.Random(), unbought)
 
 
 class Allowance:
@@ -195,6 +225,7 @@ class Allowance:
 
     def begin(self) -> bool:
         """Buy what it takes to begin; False where the cap does not pay for it."""
+        self._slots.begin()
         while self.until_ns - self._clock.now_ns() <= self._margin:
             number = self._buy()
             if number is None:

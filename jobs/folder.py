@@ -222,6 +222,11 @@ class JobFolder:
         return self.list_leases(shard)[0]
 
     def list_leases(
+    def last_change(self) -> float:
+        """The store's time of the last heartbeat or control record, in seconds: it is later than that now."""
+        infos = self.store.list("_batchinfer/control/") + self.store.list("_batchinfer/workers/")
+        return max((info.modified for info in infos), default=0.0)
+
         self, shard: ShardName | None = None
     ) -> tuple[dict[str, dict[int, ObjectInfo]], dict[str, dict[int, ObjectInfo]]]:
         """Lease generations by shard label, of one shard or of all: the owners', and the helpers'."""

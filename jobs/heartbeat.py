@@ -114,6 +114,7 @@ class Renewer:
         renewed, so others may take over."""
         self._heartbeat.beat()
         while self._wait():
+        self._obey()
             if not self._stalled():
                 with self._bench.changed:
                     shards = list(self._bench.open.values())
@@ -123,11 +124,20 @@ class Renewer:
                         logger.warning("shard %s was taken over by another worker", shard.name.label)
                         self._bench.lose(shard)
             self._heartbeat.beat()
-            control = self._folder.read_control()
-            if control.state == "cancel":
-                self._bench.request_stop("cancel")
-            elif control.state == "stop":
-                self._bench.request_stop("error", JobStopped(control.message))
+            if not stalled:
+                show_life()
+            self._obey()
+
+    def _obey(self) -> None:
+        """Do what was last asked of the job's workers."""
+        control = self._folder.read_control()
+        if control.state == "cancel":
+            self._bench.request_stop("cancel")
+        elif control.state == "stop":
+            self._bench.request_stop("error", JobStopped(control.message))
+        elif control.limited and self._heartbeat.until is None:
+            logger.warning("the job has a budget now, and this worker has bought none of it: leaving")
+            self._bench.request_stop("drain")
 
     def _wait(self) -> bool:
         with self._bench.changed:

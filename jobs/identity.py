@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from batchinfer.connectors.types import InputFile
+from batchinfer.jobs.records import Control
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.types import JobError
 
@@ -53,17 +54,14 @@ def check_same_input(uri: str, planned: Sequence[InputFile], found: Sequence[Inp
         )
 
 
-def check_same_budget(uri: str, stored: JobSpec, asked: JobSpec) -> None:
-    """Raise JobError for a change of the budget by which it could no longer be kept: a job that began
-    without one has spent what nobody counted, and one that has none is never meant to forget it."""
-    begun = stored.budget.max_usd is not None or stored.budget.max_worker_hours is not None
+def check_same_budget(uri: str, stored: JobSpec, control: Control, asked: JobSpec) -> None:
+    """Raise JobError for a change of the budget by which it could no longer be kept: USD are counted by
+    the price that the job began with, and a budget is never forgotten by mistake."""
+    forgotten = all(value is None for _, value in asked.budget)
     for name, before in stored.budget:
         now = getattr(asked.budget, name)
-        if now is not None and not begun:
-            raise JobError(
-                f"budget.{name} is {now}, but the job at {uri} began without a budget: submit it without "
-                "one, or under another output.uri"
-            )
+        if forgotten and before is None:
+            before = getattr(control, name)
         if now is not None and name == "max_usd" and stored.price.usd_per_hour is None:
             raise JobError(
                 f"budget.max_usd is {now}, but the job at {uri} began without price.usd_per_hour: change "
@@ -71,7 +69,7 @@ def check_same_budget(uri: str, stored: JobSpec, asked: JobSpec) -> None:
             )
         if now is None and before is not None:
             raise JobError(
-                f"budget.{name} is not set, but the job at {uri} began with {before}: give a number, "
+                f"budget.{name} is not set, but that of the job at {uri} is {before}: give a number, "
                 "however large"
             )
 

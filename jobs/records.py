@@ -81,7 +81,8 @@ class Control:
 
     ``placed`` holds the options of backends that later submits asked for workers, by backend.
     ``failures`` are the failure limits that a later submit asked for. ``stop`` is the state of a job that
-    has stopped itself, ``message`` why; the next submit lets it run again.
+    has stopped itself, ``message`` why; a submit lets it run again. ``slot_ns`` is the worker time of
+    a slot of the budget, where the job began without one.
     """
 
     state: ControlState = "run"
@@ -91,8 +92,14 @@ class Control:
     max_worker_hours: float | None = None
     placed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     failures: Mapping[str, Any] | None = None
+    slot_ns: int | None = None
     message: str = ""
     nonce: str = ""
+
+    @property
+    def limited(self) -> bool:
+        """Whether a budget was asked for since the job began."""
+        return self.max_usd is not None or self.max_worker_hours is not None
 
     def to_bytes(self) -> bytes:
         """The record as JSON."""
@@ -180,7 +187,7 @@ class WorkerRecord:
     ``beat`` counts the rewrites. ``usd_per_hour`` is its price, ``bill`` its time by bucket up to this
     heartbeat. ``rows_done`` counts rows it finished, ``prompt_tokens`` and ``completion_tokens`` their
     tokens, ``history`` the same at earlier moments. ``exit_code`` and ``message`` are set when it leaves.
-    ``index`` is the batch service's.
+    ``index`` is the batch service's; ``bought`` says whether its time is bought as slots of a budget.
     """
 
     worker: str
@@ -192,6 +199,7 @@ class WorkerRecord:
     host: str = ""
     pid: int = 0
     index: int | None = None
+    bought: bool = False
     rows_done: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0

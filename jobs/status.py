@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import socket
 import time
 from collections import Counter
@@ -16,11 +15,12 @@ from typing import Any, Literal, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchinfer.jobs.budget import USED_UP, Cap, Slots, cap_of, used_up
+from batchinfer.jobs.budget import USED_UP, cap_of, job_slots, used_up
+from batchinfer.jobs.clock import SystemClock
 from batchinfer.jobs.columns import NANOSECONDS_PER_HOUR
 from batchinfer.jobs.cost import Settlement, settle
 from batchinfer.jobs.folder import JobFolder, ShardName
-from batchinfer.jobs.records import JobRecord, PartFooter, WorkerRecord, table_from_bytes
+from batchinfer.jobs.records import Control, JobRecord, PartFooter, WorkerRecord, table_from_bytes
 from batchinfer.jobs.retry import job_shards, read_rounds
 from batchinfer.jobs.rounds import FailedRow, RoundPlan
 from batchinfer.jobs.types import JobError
@@ -111,8 +111,6 @@ class StatusReader:
         self._footers: dict[ShardName, PartFooter] = {}
         self._rounds: dict[int, RoundPlan] = {}
         self._progress: dict[str, pa.Table] = {}
-        price = record.spec.get("price", {}).get("usd_per_hour")
-        self._slots = Slots(folder, record.slot_ns, price, random.Random())
 
     def settlement(self) -> Settlement:
         """The bill so far."""
@@ -140,7 +138,7 @@ class StatusReader:
             tokens = [max(sure, sum(column)) for sure, *column in zip(tokens, *said, strict=True)]
         complete = done == len(shards)
         cap = cap_of(control, self.record)
-        state, message, exit_code = self._state(complete, control.state == "cancel", cap, alive, workers)
+        state, message, exit_code = self._state(complete, control, alive, workers)
         if state == "budget":
             message = used_up(cap, settlement.bill.total, settlement.usd or 0.0)
         rows_left = self.record.rows - answered - failed + retried
@@ -250,18 +248,19 @@ class StatusReader:
     def _state(
         self,
         complete: bool,
-        cancelled: bool,
-        cap: Cap,
+        control: Control,
         alive: list[WorkerRecord],
         workers: list[tuple[WorkerRecord, float]],
     ) -> tuple[State, str, int]:
         """The state, what to say about it, and the exit code of a command that waited for it."""
         if complete:
+        if control.state == "stop":
+            return "failed", control.message, 77
             return "done", "", 0
         if alive:
             started = any(record.state != "starting" for record in alive)
             return ("running" if started else "starting"), "", 0
-        if cancelled:
+        if control.state == "cancel":
             return "cancelled", "submit again to go on", 77
         own = [(modified, record) for record, modified in workers if record.worker not in self._before]
         failed = [(modified, record) for modified, record in own if record.exit_code in (70, 77, 78)]
@@ -269,7 +268,9 @@ class StatusReader:
         spent = last is not None and last.message.startswith(USED_UP)
         if last is not None and not spent:
             return "failed", last.message, last.exit_code or 70
-        if spent or (cap.limited and not self._slots.affordable(cap)):
+        cap = cap_of(control, self.record)
+        slots = job_slots(self._folder, SystemClock(), self.record, control, ALIVE_SECONDS)
+        if spent or (cap.limited and not slots.affordable(cap)):
             return "budget", "", 77
         if not own and self._now() - self._since < START_SECONDS:
             return "starting", "", 0

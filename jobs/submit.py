@@ -22,7 +22,7 @@ from batchinfer.jobs.plan import Plan, find_input, make_plan
 from batchinfer.jobs.records import Control, JobRecord
 from batchinfer.jobs.retry import is_complete
 from batchinfer.jobs.rounds import RoundPlan
-from batchinfer.jobs.spec import JobSpec, parse_spec
+from batchinfer.jobs.spec import FailuresSpec, JobSpec, parse_spec
 from batchinfer.jobs.spec_source import load_spec, located
 from batchinfer.jobs.status import runs_here
 from batchinfer.jobs.types import JobError
@@ -67,7 +67,10 @@ def start_workers(submitted: Submitted, attached: bool) -> LocalWorkers:
     Attached ones end with this process, others outlive it.
     """
     spec, workers = submitted.spec, submitted.spec.workers
-    there = sum(runs_here(record) is True for record in submitted.job.workers())
+    budget = asked_cap(spec.budget.max_usd, spec.budget.max_worker_hours)
+    # Those that began before the job had a budget are about to leave.
+    stay = [record for record in submitted.job.workers() if record.bought or not budget.limited]
+    there = sum(runs_here(record) is True for record in stay)
     return start_local_workers(
         submitted.job.uri,
         max(0, workers.count - there),
@@ -160,9 +163,9 @@ def _check_empty(store: ObjectStore) -> None:
 
 def _check_same(folder: JobFolder, record: JobRecord, spec: JobSpec, complete: bool) -> None:
     """Refuse to resume a job that is not the same; one that is complete needs its input no more."""
-    stored = parse_spec(record.spec, f"the job in {folder.uri}")
+    stored, control = parse_spec(record.spec, f"the job in {folder.uri}"), folder.read_control()
     check_same_job(folder.uri, stored, spec)
-    check_same_budget(folder.uri, stored, spec)
+    check_same_budget(folder.uri, stored, control, spec)
     if complete:
         return
     planned = [split.file for shard in folder.read_plan(record.plan) for split in shard.splits]
@@ -192,6 +195,26 @@ def _append_changes(folder: JobFolder, record: JobRecord, spec: JobSpec) -> None
 
         folder.append_control(change)
 
+    _check_limit_raised(folder.uri, stored, control, spec)
 
 def _changed(stored: float | None, asked: float | None) -> float | None:
     return None if asked == stored else asked
+def _check_limit_raised(uri: str, stored: JobSpec, control: Control, spec: JobSpec) -> None:
+    """Refuse to go on with a job that stopped itself, as it would stop again, unless more may fail."""
+    if control.state == "stop":
+        before = stored.failures if control.failures is None else FailuresSpec(**control.failures)
+        now = spec.failures
+        if now.max_share <= before.max_share and now.after_rows <= before.after_rows:
+            raise JobError(f"the job at {uri} has stopped itself: {control.message}")
+
+
+        slot_ns=current.slot_ns or _slot_of_new_budget(stored, spec),
+def _slot_of_new_budget(stored: JobSpec, spec: JobSpec) -> int | None:
+    """The slot of a job that began without a budget and now gets one."""
+    began = asked_cap(stored.budget.max_usd, stored.budget.max_worker_hours)
+    asked = asked_cap(spec.budget.max_usd, spec.budget.max_worker_hours)
+    if began.limited or not asked.limited:
+        return None
+    return slot_ns(asked, stored.price.usd_per_hour, spec.workers.count)
+
+

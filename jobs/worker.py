@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import random
 import secrets
 import signal
 import socket
@@ -20,7 +19,7 @@ from batchinfer.connectors.readers import read_batches
 from batchinfer.connectors.storage import open_store
 from batchinfer.connectors.types import Split, StorageError, TransientStorageError
 from batchinfer.engine.config import EngineConfig
-from batchinfer.jobs.budget import Allowance, Slots, cap_of
+from batchinfer.jobs.budget import Allowance, cap_of, job_slots
 from batchinfer.jobs.clock import Clock, SystemClock
 from batchinfer.jobs.columns import passed_columns
 from batchinfer.jobs.engine_process import EngineProcess, Load
@@ -95,7 +94,9 @@ def _run(job_uri: str, usd_per_hour: float | None, index: int | None, started_ns
     load = Load(
         engine_config(spec), spec.model.source, {**storage, **spec.storage_options()}, record.fingerprint
     )
-    first = _first_heartbeat(_price(usd_per_hour, control, spec), index)
+    pace = Pace(**json.loads(os.environ.get(PACE, "{}")))
+    limited = cap_of(control, record).limited
+    first = _first_heartbeat(_price(usd_per_hour, control, spec), index, limited)
     supervisor = Supervisor(
         folder,
         clock,
@@ -103,8 +104,8 @@ def _run(job_uri: str, usd_per_hour: float | None, index: int | None, started_ns
         first,
         started_ns,
         lambda deliver: EngineProcess(load, deliver),
-        Pace(**json.loads(os.environ.get(PACE, "{}"))),
-        _allowance(folder, clock, record, first, started_ns) if cap_of(control, record).limited else None,
+        pace,
+        _allowance(folder, clock, record, control, first, started_ns, pace) if limited else None,
     )
     _drain_on_signals(supervisor)
     if PARENT in os.environ:
@@ -154,12 +155,17 @@ def engine_config(spec: JobSpec) -> EngineConfig:
 
 
 def _allowance(
-    folder: JobFolder, clock: Clock, record: JobRecord, first: WorkerRecord, started_ns: int
+    folder: JobFolder,
+    clock: Clock,
+    record: JobRecord,
+    control: Control,
+    first: WorkerRecord,
+    started_ns: int,
+    pace: Pace,
 ) -> Allowance:
     """What the worker that begins with this heartbeat may spend of the job's budget."""
-    price = record.spec.get("price", {}).get("usd_per_hour")
     return Allowance(
-        Slots(folder, record.slot_ns, price, random.Random()),
+        job_slots(folder, clock, record, control, pace.lease),
         clock,
         first.worker,
         first.usd_per_hour,
@@ -176,7 +182,7 @@ def _price(asked: float | None, control: Control, spec: JobSpec) -> float | None
     return None
 
 
-def _first_heartbeat(usd_per_hour: float | None, index: int | None) -> WorkerRecord:
+def _first_heartbeat(usd_per_hour: float | None, index: int | None, bought: bool) -> WorkerRecord:
     return WorkerRecord(
         worker=secrets.token_hex(6),
         state="starting",
@@ -187,6 +193,7 @@ def _first_heartbeat(usd_per_hour: float | None, index: int | None) -> WorkerRec
         host=socket.gethostname(),
         pid=os.getpid(),
         index=index,
+        bought=bought,
     )
 
 

@@ -127,6 +127,20 @@ def test_committed_and_open_rows_are_counted_once(job: Job) -> None:
     assert (status.prompt_tokens, status.cached_tokens, status.completion_tokens) == (85, 51, 34)
 
 
+def test_a_stop_at_the_failure_limit_is_seen_though_no_worker_told(job: Job) -> None:
+    job.beat(exit_code=75, state="left")
+    job.folder.append_control(lambda control: replace(control, state="stop", message="too many; do this"))
+    status = job.status(later=1000)
+    assert (status.state, status.message, status.exit_code) == ("failed", "too many; do this", 77)
+
+
+def test_workers_that_left_as_too_many_stall_nothing(job: Job) -> None:
+    job.commit(0)
+    job.beat("a", state="left", exit_code=0)
+    job.beat("b")
+    assert job.status().state == "running"
+
+
 def test_a_row_of_several_samples_counts_when_all_are_there(tmp_path: Path) -> None:
     job = Job(f"memory://jobs{tmp_path.as_posix()}", samples=2).submit()
     job.beat()

@@ -144,14 +144,35 @@ def test_the_budget_may_change_and_is_never_forgotten(setting: Setting) -> None:
     assert (cap.usd, cap.nanoseconds) == (3.0, 7_200_000_000_000)
     setting.submit(*begun)
     assert cap_of(setting.folder.read_control(), record) == Cap(None, 1.0)
-    with pytest.raises(JobError, match=r"budget.max_usd is not set, but .* began with 1.0"):
+    with pytest.raises(JobError, match=r"budget.max_usd is not set, but .* is 1.0: give a number"):
         setting.submit("price.usd_per_hour=2.0", "workers.count=2", "budget.max_worker_hours=1")
 
 
-def test_a_job_without_a_budget_or_a_price_gets_none_later(setting: Setting) -> None:
+def test_a_job_that_began_without_a_budget_may_get_one_and_then_keeps_it(setting: Setting) -> None:
     setting.submit()
-    with pytest.raises(JobError, match=r"budget.max_worker_hours is 1.0, .* began without a budget"):
-        setting.submit("budget.max_worker_hours=1")
+    setting.submit("budget.max_worker_hours=0.05", "workers.count=3")
+    record, control = setting.folder.read_job(), setting.folder.read_control()
+    assert record is not None
+    assert cap_of(control, record) == Cap(180_000_000_000, None)
+    assert control.slot_ns == 29_999_999_999  # two for each of three workers
+    with pytest.raises(
+        JobError, match=r"budget.max_worker_hours is not set, but .* is 0.05: give a number"
+    ):
+        setting.submit()
+    setting.submit("budget.max_worker_hours=2")
+    assert setting.folder.read_control().slot_ns == control.slot_ns
+
+
+def test_a_job_that_stopped_itself_goes_on_when_more_may_fail(setting: Setting) -> None:
+    setting.submit("failures.max_share=0.1")
+    reason = "12 of the first 50 rows have failed; submit again with a higher failures.max_share"
+    setting.folder.append_control(lambda control: replace(control, state="stop", message=reason))
+    for same in ("failures.max_share=0.1", "failures.max_share=0.05"):
+        with pytest.raises(JobError, match=rf"^the job at .* has stopped itself: {reason}$"):
+            setting.submit(same)
+    setting.submit("failures.max_share=0.3")
+    control = setting.folder.read_control()
+    assert (control.state, control.message, control.failures["max_share"]) == ("run", "", 0.3)
 
 
 @pytest.mark.parametrize(
