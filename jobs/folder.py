@@ -211,6 +211,11 @@ class JobFolder:
         number, key = max((int(Path(info.key).stem), info.key) for info in infos)
         return number, Control.from_bytes(self.store.get(key))
 
+    def last_change(self) -> float:
+        """The store's time of the last heartbeat or control record, in seconds: now is no earlier."""
+        infos = self.store.list("_batchinfer/control/") + self.store.list("_batchinfer/workers/")
+        return max((info.modified for info in infos), default=0.0)
+
     # -- claims -----------------------------------------------------------------------------------
 
     def claim_key(self, shard: ShardName, generation: int, helper: bool = False) -> str:
@@ -222,11 +227,6 @@ class JobFolder:
         return self.list_leases(shard)[0]
 
     def list_leases(
-    def last_change(self) -> float:
-        """The store's time of the last heartbeat or control record, in seconds: it is later than that now."""
-        infos = self.store.list("_batchinfer/control/") + self.store.list("_batchinfer/workers/")
-        return max((info.modified for info in infos), default=0.0)
-
         self, shard: ShardName | None = None
     ) -> tuple[dict[str, dict[int, ObjectInfo]], dict[str, dict[int, ObjectInfo]]]:
         """Lease generations by shard label, of one shard or of all: the owners', and the helpers'."""

@@ -113,8 +113,8 @@ class Renewer:
         """Show that the worker is there, then renew until closed. While the engine is stalled nothing is
         renewed, so others may take over."""
         self._heartbeat.beat()
-        while self._wait():
         self._obey()
+        while self._wait():
             if not self._stalled():
                 with self._bench.changed:
                     shards = list(self._bench.open.values())
@@ -124,8 +124,6 @@ class Renewer:
                         logger.warning("shard %s was taken over by another worker", shard.name.label)
                         self._bench.lose(shard)
             self._heartbeat.beat()
-            if not stalled:
-                show_life()
             self._obey()
 
     def _obey(self) -> None:

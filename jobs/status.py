@@ -254,14 +254,14 @@ class StatusReader:
     ) -> tuple[State, str, int]:
         """The state, what to say about it, and the exit code of a command that waited for it."""
         if complete:
-        if control.state == "stop":
-            return "failed", control.message, 77
             return "done", "", 0
         if alive:
             started = any(record.state != "starting" for record in alive)
             return ("running" if started else "starting"), "", 0
         if control.state == "cancel":
             return "cancelled", "submit again to go on", 77
+        if control.state == "stop":
+            return "failed", control.message, 77
         own = [(modified, record) for record, modified in workers if record.worker not in self._before]
         failed = [(modified, record) for modified, record in own if record.exit_code in (70, 77, 78)]
         last = max(failed, key=lambda item: item[0])[1] if failed else None

@@ -168,9 +168,19 @@ def _check_same(folder: JobFolder, record: JobRecord, spec: JobSpec, complete: b
     check_same_budget(folder.uri, stored, control, spec)
     if complete:
         return
+    _check_limit_raised(folder.uri, stored, control, spec)
     planned = [split.file for shard in folder.read_plan(record.plan) for split in shard.splits]
     check_same_input(folder.uri, planned, find_input(spec))
     check_same_model(folder.uri, record.fingerprint, inspect_model(spec).fingerprint, spec.model.source)
+
+
+def _check_limit_raised(uri: str, stored: JobSpec, control: Control, spec: JobSpec) -> None:
+    """Refuse to go on with a job that stopped itself, as it would stop again, unless more may fail."""
+    if control.state == "stop":
+        before = stored.failures if control.failures is None else FailuresSpec(**control.failures)
+        now = spec.failures
+        if now.max_share <= before.max_share and now.after_rows <= before.after_rows:
+            raise JobError(f"the job at {uri} has stopped itself: {control.message}")
 
 
 def _append_changes(folder: JobFolder, record: JobRecord, spec: JobSpec) -> None:
@@ -181,6 +191,7 @@ def _append_changes(folder: JobFolder, record: JobRecord, spec: JobSpec) -> None
         current,
         state="run",
         failures=spec.failures.model_dump() if spec.failures != stored.failures else None,
+        slot_ns=current.slot_ns or _slot_of_new_budget(stored, spec),
         message="",
         placed={**current.placed, **(placed_options(spec) if spec.workers != stored.workers else {})},
         workers=spec.workers.count if spec.workers.count != stored.workers.count else None,
@@ -195,20 +206,7 @@ def _append_changes(folder: JobFolder, record: JobRecord, spec: JobSpec) -> None
 
         folder.append_control(change)
 
-    _check_limit_raised(folder.uri, stored, control, spec)
 
-def _changed(stored: float | None, asked: float | None) -> float | None:
-    return None if asked == stored else asked
-def _check_limit_raised(uri: str, stored: JobSpec, control: Control, spec: JobSpec) -> None:
-    """Refuse to go on with a job that stopped itself, as it would stop again, unless more may fail."""
-    if control.state == "stop":
-        before = stored.failures if control.failures is None else FailuresSpec(**control.failures)
-        now = spec.failures
-        if now.max_share <= before.max_share and now.after_rows <= before.after_rows:
-            raise JobError(f"the job at {uri} has stopped itself: {control.message}")
-
-
-        slot_ns=current.slot_ns or _slot_of_new_budget(stored, spec),
 def _slot_of_new_budget(stored: JobSpec, spec: JobSpec) -> int | None:
     """The slot of a job that began without a budget and now gets one."""
     began = asked_cap(stored.budget.max_usd, stored.budget.max_worker_hours)
@@ -218,3 +216,5 @@ def _slot_of_new_budget(stored: JobSpec, spec: JobSpec) -> int | None:
     return slot_ns(asked, stored.price.usd_per_hour, spec.workers.count)
 
 
+def _changed(stored: float | None, asked: float | None) -> float | None:
+    return None if asked == stored else asked
