@@ -25,6 +25,9 @@ _COMPUTED = (".rotary_emb.inv_freq", ".self_attn.rotary_emb.inv_freq", ".masked_
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
 _SAMPLES, _SAMPLE_BYTES = 64, 64 * 1024
 
+# Configurations by the names of their models, for dummy weights.
+_SHIPPED = Path(__file__).parent / "models" / "configs"
+
 
 class Checkpoint(Protocol):
     """The tensors of one model by Hugging Face's names."""
@@ -60,9 +63,12 @@ class ModelFiles:
 def find_model(source: str, load_format: Literal["auto", "dummy"] = "auto") -> ModelFiles:
     """Find ``source``: a folder, a GGUF file, ``package://NAME/FILE`` or a Hugging Face id.
 
+    For dummy weights also a file like config.json, or the name of a configuration that is shipped.
     Raises ModelError when it is not there or holds no configuration.
     """
     path = _locate(source, load_format)
+    if path.is_file() and path.suffix == ".json" and load_format == "dummy":
+        return ModelFiles(source, _read_config(path), path.parent, None)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{source} is a file but no .gguf; give the folder that holds the model.")
@@ -75,11 +81,17 @@ def find_model(source: str, load_format: Literal["auto", "dummy"] = "auto") -> M
             return find_model(str(single[0]))
         held = f"{len(single)} GGUF files; name one of them" if single else "no config.json"
         raise ModelError(f"The model folder {source} holds {held}.")
+    return ModelFiles(source, _read_config(config_path), path, None)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelError(f"{config_path} is not valid JSON: {error}.") from error
-    return ModelFiles(source, config, path, None)
+        raise ModelError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} must hold a JSON object.")
+    return config
 
 
 def _locate(source: str, load_format: str) -> Path:
@@ -88,6 +100,15 @@ def _locate(source: str, load_format: str) -> Path:
     path = Path(source).expanduser()
     if path.exists():
         return path
+    if load_format == "dummy":
+        shipped = {folder.name: folder for folder in sorted(_SHIPPED.iterdir())}
+        if source in shipped:
+            return shipped[source]
+        if "/" not in source:
+            raise ModelError(
+                f"There is no model or configuration at {source}; give a path, "
+                f"or one of the shipped names {', '.join(shipped)}."
+            )
     looks_like_id = (
         source.count("/") == 1 and not source.startswith((".", "/", "~")) and path.suffix != ".gguf"
     )
