@@ -10,6 +10,7 @@ import typer
 from batchinfer.commands.cancel import cancel
 from batchinfer.commands.frame import TRANSIENT
 from batchinfer.commands.plan import plan
+from batchinfer.commands.report import report
 from batchinfer.commands.results import results
 from batchinfer.commands.retry import retry
 from batchinfer.commands.run_batch import run_batch
@@ -31,7 +32,7 @@ bench = typer.Typer(help="Measure the engine.", no_args_is_help=True, rich_marku
 app.add_typer(bench, name="bench")
 
 # In the order of a job's life, which is the order of the help.
-for function in (plan, submit, worker, status, results, retry, run_batch, cancel, schema):
+for function in (plan, submit, worker, status, results, report, retry, run_batch, cancel, schema):
     app.command()(function)
 bench.command()(throughput)
 

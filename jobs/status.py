@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -108,27 +108,29 @@ class StatusReader:
         self._before = frozenset(before)
         self._now = now
         self._since = now() if self._before else _seconds(record.created)
-        self._footers: dict[ShardName, PartFooter] = {}
-        self._rounds: dict[int, RoundPlan] = {}
+        self.footers: dict[ShardName, PartFooter] = {}
+        """Of the committed parts that the last read found."""
+        self.rounds: dict[int, RoundPlan] = {}
+        """The plans of the retry rounds that it found."""
         self._progress: dict[str, pa.Table] = {}
 
     def settlement(self) -> Settlement:
         """The bill so far."""
         self._read_footers()
-        return settle((record for record, _ in self._folder.read_workers()), self._footers.values())
+        return settle((record for record, _ in self._folder.read_workers()), self.footers.values())
 
     def read(self) -> JobStatus:
         """The status as it is now."""
         workers = list(self._folder.read_workers())
         control = self._folder.read_control()
         self._read_footers()
-        self._rounds = read_rounds(self._folder, self._rounds)
-        shards = job_shards(self.record, self._rounds)
+        self.rounds = read_rounds(self._folder, self.rounds)
+        shards = job_shards(self.record, self.rounds)
         answered, failures, retried = self._rows(shards)
         failed = failures.total()
-        settlement = settle((record for record, _ in workers), self._footers.values())
-        alive = list(self._alive(workers))
-        done = sum(shard in self._footers for shard in shards)
+        settlement = settle((record for record, _ in workers), self.footers.values())
+        alive = living(workers, self._now())
+        done = sum(shard in self.footers for shard in shards)
         tokens = [settlement.prompt_tokens, settlement.cached_tokens, settlement.completion_tokens]
         if done < len(shards):
             said = [
@@ -155,7 +157,7 @@ class StatusReader:
             rows_answered=answered,
             rows_failed=failed,
             failures={code: count for code, count in sorted(failures.items()) if count},
-            round=max(self._rounds, default=0),
+            round=max(self.rounds, default=0),
             rows_retried=retried,
             prompt_tokens=tokens[0],
             cached_tokens=tokens[1],
@@ -174,8 +176,8 @@ class StatusReader:
         return int(self.record.spec.get("sampling", {}).get("n", 1))
 
     def _read_footers(self) -> None:
-        new = [shard for shard in self._folder.committed() if shard not in self._footers]
-        self._footers |= _read_all(self._folder.read_footer, new)
+        new = [shard for shard in self._folder.committed() if shard not in self.footers]
+        self.footers |= _read_all(self._folder.read_footer, new)
 
     def _rows(self, shards: Iterable[ShardName]) -> tuple[int, Counter[str], int]:
         """How many rows are answered, how many have failed for now, by code, and how many of these a
@@ -184,7 +186,7 @@ class StatusReader:
         answered, retried = 0, 0
         failed: Counter[str] = Counter()
         for shard in shards:
-            footer = self._footers.get(shard)
+            footer = self.footers.get(shard)
             if footer is not None:
                 answered += footer.rows // self._samples()
                 failed.update(footer.codes)
@@ -201,7 +203,7 @@ class StatusReader:
         return answered, failed, retried
 
     def _retried(self, shard: ShardName) -> tuple[FailedRow, ...]:
-        return self._rounds[shard.round].shards[shard.index] if shard.round else ()
+        return self.rounds[shard.round].shards[shard.index] if shard.round else ()
 
     def _open_rows(
         self, shards: Iterable[ShardName]
@@ -210,7 +212,7 @@ class StatusReader:
         claimed = self._folder.list_claims()
         keys: dict[ShardName, list[str]] = {}
         for shard in shards:
-            if shard.label in claimed and shard not in self._footers:
+            if shard.label in claimed and shard not in self.footers:
                 keys[shard] = [item.key for item in self._folder.list_progress(shard) if not item.inflight]
         wanted = [key for listed in keys.values() for key in listed]
         kept = {key: self._progress[key] for key in wanted if key in self._progress}
@@ -236,14 +238,6 @@ class StatusReader:
             return table_from_bytes(self._folder.store.get(key)).select(empty.names)
         except FileNotFoundError:
             return empty.empty_table()  # its shard was committed since
-
-    def _alive(self, workers: Iterable[tuple[WorkerRecord, float]]) -> Iterable[WorkerRecord]:
-        beats = list(workers)
-        now = max((self._now(), *(modified for _, modified in beats)))
-        for record, modified in beats:
-            fresh = record.state in _LIVING and now - modified < ALIVE_SECONDS
-            if fresh and runs_here(record) is not False:
-                yield record
 
     def _state(
         self,
@@ -277,6 +271,14 @@ class StatusReader:
         return "stalled", "no worker is alive: submit again to go on", 75
 
 
+def living(beats: Sequence[tuple[WorkerRecord, float]], now: float) -> list[WorkerRecord]:
+    """The workers alive ``now``, in seconds since the epoch, by their last heartbeats and the store's
+    times of them."""
+    now = max((now, *(modified for _, modified in beats)))
+    fresh = [record for record, modified in beats if now - modified < ALIVE_SECONDS]
+    return [record for record in fresh if record.state in _LIVING and runs_here(record) is not False]
+
+
 def runs_here(record: WorkerRecord) -> bool | None:
     """Whether a worker's process runs on this machine; None where it is another machine's."""
     if record.host != socket.gethostname():
@@ -308,5 +310,8 @@ def _read_all(read: Callable[[K], V], keys: Iterable[K]) -> dict[K, V]:
 
 
 def status_values(status: JobStatus) -> dict[str, Any]:
-    """The status as JSON values."""
-    return asdict(status)
+    """The status as JSON values; of workers what they are now, without their histories."""
+    values = asdict(status)
+    for worker in values["workers"]:
+        del worker["history"]
+    return values
