@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -88,6 +89,18 @@ def check_semantics(job: dict[str, Any]) -> None:
         assert (item["operator"] == "Exists") == ("value" not in item)
         assert item["effect"] in ("NoSchedule", "PreferNoSchedule", "NoExecute")
     assert pod["terminationGracePeriodSeconds"] >= 120
+    check_health(container)
+
+
+def check_health(container: dict[str, Any]) -> None:
+    """The probe and the worker are told of one file, and the probe is one of our modules."""
+    probe = container["livenessProbe"]
+    names = {item["name"]: item["value"] for item in container["env"]}
+    assert Path(names["BATCHINFER_HEALTH"]).is_absolute()
+    *flags, module = probe["exec"]["command"][1:]
+    assert flags == ["-P", "-m"] and importlib.util.find_spec(module) is not None
+    assert probe["periodSeconds"] * probe["failureThreshold"] >= 120, "one late look ends no worker"
+    assert probe.get("successThreshold", 1) == 1, "the API server takes no other for liveness"
 
 
 FULL = {

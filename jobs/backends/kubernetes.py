@@ -13,9 +13,13 @@ import yaml
 
 from batchinfer.jobs.backends.program import run_program
 from batchinfer.jobs.backends.request import FINAL_EXITS, GRACE_SECONDS, Active, Place, Request
+from batchinfer.jobs.health import HEALTH
 
 CONTAINER = "worker"
 LABEL = "batchinfer-job"
+# The file that the worker touches and the kubelet's probe looks at; both are given its name.
+_HEALTH_FILE = "/tmp/batchinfer-alive"
+_PROBE = ("python3", "-P", "-m", "batchinfer.jobs.health")
 _SPOT_TAINTS = (
     ("cloud.google.com/gke-spot", "true"),
     ("kubernetes.azure.com/scalesetpriority", "spot"),
@@ -153,10 +157,25 @@ def _container(request: Request) -> dict[str, Any]:
         "command": [word.replace("$", "$$") for word in request.command],
         "env": [
             {"name": name, "value": value.replace("$", "$$")}
-            for name, value in sorted(request.environment(options.env).items())
+            for name, value in sorted({HEALTH: _HEALTH_FILE, **request.environment(options.env)}.items())
         ],
         "envFrom": [{"secretRef": {"name": name}} for name in options.secrets],
         "resources": {name: value for name, value in (("requests", wanted), ("limits", limits)) if value},
+        # A worker that hangs is ended as one that failed; each probe costs it a Python start.
+        "livenessProbe": {
+            "exec": {"command": list(_PROBE)},
+            "initialDelaySeconds": 60,
+            "periodSeconds": 60,
+            "timeoutSeconds": 10,
+            "failureThreshold": 3,
+        },
+        # What namespaces ask for that enforce the restricted Pod Security Standard.
+        "securityContext": {
+            "runAsNonRoot": True,
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
     }
     return {name: value for name, value in container.items() if value}
 
