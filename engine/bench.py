@@ -6,11 +6,16 @@ import json
 import os
 import resource
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from batchinfer.engine.types import SamplingParams
+from batchinfer.engine.types import Completion, SamplingParams
+
+if TYPE_CHECKING:
+    from batchinfer.engine.engine import Engine
+    from batchinfer.engine.roof import Limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +25,8 @@ class Throughput:
     ``seconds`` is from the texts to the texts, tokenizing included; ``load_seconds`` the time from
     nothing to an engine that is ready, imports included; ``prompt_tokens`` counts all of the prompts'
     tokens, ``cached_tokens`` those of them read from the prefix cache; ``peak_rss_mb`` is in units of
-    2**20 bytes, of this process.
+    2**20 bytes, of this process. On a GPU also the shares of its operations (``mfu``) and bytes (``mbu``)
+    a second, the sequential roof of engine.roof and the share of it, all at rates measured in this run.
     """
 
     requests: int
@@ -32,6 +38,52 @@ class Throughput:
     total_tok_per_s: float
     load_seconds: float
     peak_rss_mb: int
+    mfu: float | None = None
+    mbu: float | None = None
+    roof_tok_per_s: float | None = None
+    roof_share: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """How much of a device a run has used; see Throughput."""
+
+    mfu: float
+    mbu: float
+    roof_tok_per_s: float
+    roof_share: float
+
+
+def shares_of(
+    engine: Engine,
+    completions: Sequence[Completion],
+    steps: int,
+    seconds: float,
+    limits: Limits,
+    shared_tokens: int = 0,
+) -> Shares:
+    """What ``completions`` in ``steps`` steps used of a device with these ``limits``.
+
+    ``shared_tokens`` leading tokens of all prompts are the same, and count as read once a step.
+    """
+    from batchinfer.engine.roof import RequestSizes, model_sizes, roof, utilization, work_of
+
+    loaded = engine.loaded
+    number = {"bf16": 2, "fp16": 2, "fp32": 4, "int8": 1, "fp8": 1, "int4": 0.5}
+    config = engine.config
+    model = model_sizes(
+        loaded.model,
+        number[config.quantize or loaded.dtype],
+        number[loaded.dtype if config.kv_dtype == "auto" else config.kv_dtype],
+    )
+    requests = [
+        RequestSizes(c.prompt_tokens, c.cached_tokens, len(c.token_ids), shared_tokens) for c in completions
+    ]
+    work = work_of(model, requests)
+    best = roof(model, work, min(config.max_sequences, len(requests)), limits).sequential
+    mfu, mbu = utilization(model, work, steps, seconds, limits)
+    rate = work.output_tokens / seconds
+    return Shares(round(mfu, 4), round(mbu, 4), round(best, 1), round(rate / best, 4))
 
 
 def read_dataset(path: str | Path) -> list[tuple[str, int]]:
@@ -80,6 +132,7 @@ def measure_throughput(model: str, dataset: str | Path, **settings: Any) -> Thro
         begun = time.perf_counter()
         completions = engine.generate([prompt for prompt, _ in rows], sampling)
         seconds = time.perf_counter() - begun
+        shares = _gpu_shares(engine, completions, seconds)
     for completion, (_, wanted) in zip(completions, rows, strict=True):
         if len(completion.token_ids) != wanted:
             raise ValueError(
@@ -98,4 +151,19 @@ def measure_throughput(model: str, dataset: str | Path, **settings: Any) -> Thro
         total_tok_per_s=round((prompt_tokens + output_tokens) / seconds, 1),
         load_seconds=round(load_seconds, 3),
         peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        **({} if shares is None else asdict(shares)),
     )
+
+
+def _gpu_shares(engine: Engine, completions: Sequence[Completion], seconds: float) -> Shares | None:
+    """None on a CPU, whose rates depend on what else it does."""
+    import torch
+
+    from batchinfer.engine.roof import measure_limits
+
+    device = torch.device(engine.loaded.device)
+    if device.type != "cuda":
+        return None
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[engine.loaded.dtype]
+    limits = measure_limits(device, dtype, engine.config.quantize)
+    return shares_of(engine, completions, engine.stats.steps, seconds, limits)
