@@ -15,9 +15,19 @@ if TYPE_CHECKING:
     from batchinfer.engine.types import Completion, Request, SamplingParams
     from batchinfer.jobs.job import Job
     from batchinfer.jobs.spec import JobSpec
-    from batchinfer.jobs.submit import submit
+    from batchinfer.jobs.submit import plan, submit
 
-__all__ = ["Completion", "Engine", "Job", "JobSpec", "Request", "SamplingParams", "__version__", "submit"]
+__all__ = [
+    "Completion",
+    "Engine",
+    "Job",
+    "JobSpec",
+    "Request",
+    "SamplingParams",
+    "__version__",
+    "plan",
+    "submit",
+]
 
 _HOMES = {
     "Completion": "batchinfer.engine.types",
@@ -26,6 +36,7 @@ _HOMES = {
     "JobSpec": "batchinfer.jobs.spec",
     "Request": "batchinfer.engine.types",
     "SamplingParams": "batchinfer.engine.types",
+    "plan": "batchinfer.jobs.submit",
     "submit": "batchinfer.jobs.submit",
 }
 

@@ -110,7 +110,7 @@ def main() -> None:
     connection = Connection(descriptor)
     try:
         load = connection.recv()
-        engine = _engine(load)
+        engine = load_engine(load)
         connection.send(Ready(load.config.window + load.config.max_sequences))
         serve(connection, engine)
     except (EOFError, ConnectionError):
@@ -162,7 +162,11 @@ def _inflight(engine: ServedEngine, final: bool) -> Inflight:
     return Inflight(samples, _spent(engine), final)
 
 
-def _engine(load: Load) -> ServedEngine:
+def load_engine(load: Load) -> ServedEngine:
+    """The engine that a job asks for, or the one that the environment names instead.
+
+    Raises ModelError, JobError and StorageError where it can not be had.
+    """
     factory = os.environ.get(FACTORY)
     if factory:
         engine: ServedEngine = _named(factory)(load.config)

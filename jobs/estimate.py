@@ -1,21 +1,17 @@
-"""What a job will take, before anything is spent: tokens from a sample of rows, time from stated rates."""
+"""What a job takes at most, before anything is spent: tokens from its prompts, time from stated rates."""
 
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
+from statistics import stdev
 
-from batchinfer.connectors.types import BadRow, Row, Split
 from batchinfer.jobs.inspection import InspectedModel
-from batchinfer.jobs.prompts import Prompt, Prompts
+from batchinfer.jobs.lengths import TAIL, Range, exactly, t_quantile
 from batchinfer.jobs.spec import JobSpec
-from batchinfer.jobs.types import JobError, RowError
+from batchinfer.jobs.survey import Survey
 
-SAMPLE_ROWS = 256
-_SAMPLE_PLACES = 8
 _LARGEST = 5
 
 
@@ -31,19 +27,28 @@ class Rates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A job's tokens, time and price.
+    """A job's tokens, time and price, as far as they can be told without running it.
 
-    ``prompt_tokens`` are of all rows, from ``sampled_rows`` of them; ``completion_tokens`` the most
-    there can be. ``largest`` are the longest sampled prompts: row and tokens. ``failures`` counts
-    sampled rows that can't be answered, by code. ``worker_seconds`` is all workers' time together,
-    ``seconds`` until the job is done; ``usd`` is None without a price. ``basis`` says what the time is
-    based on.
+    ``prompt_tokens`` are of all rows and samples: exact where all rows were looked at (``whole``), else
+    from the ``sampled_rows``, and then ``prompt_range`` says how far off they may be. ``cached_tokens`` are
+    those of them that the prefix cache will hold. ``completion_tokens`` are the most there can be,
+    ``fewest_tokens`` the fewest. ``largest`` are the longest prompts: row and tokens; ``too_long`` the
+    first ones that do not fit the context, ``too_long_rows`` how many of those looked at don't.
+    ``failures`` counts rows looked at that can't be answered, by code. ``worker_seconds`` is all workers' time
+    together, ``seconds`` until the job is done, both at the most tokens; ``usd`` is None without a price.
+    ``basis`` says what the time is based on.
     """
 
+    whole: bool
     sampled_rows: int
     prompt_tokens: int
+    prompt_range: Range
+    cached_tokens: int
     completion_tokens: int
+    fewest_tokens: int
     largest: tuple[tuple[int, int], ...]
+    too_long: tuple[tuple[int, int], ...]
+    too_long_rows: int
     failures: Mapping[str, int]
     first_failure: str
     worker_seconds: float
@@ -52,67 +57,33 @@ class Estimate:
     basis: str
 
 
-def estimate(
-    spec: JobSpec,
-    rows: int,
-    splits: Sequence[Split],
-    read: Callable[[Split], Iterable[Row | BadRow]],
-    prompts: Prompts,
-    model: InspectedModel,
-) -> Estimate:
-    """Estimate a job of ``rows`` rows from a sample taken at evenly spaced places of its ``splits``.
-
-    Raises JobError where the model's chat template refuses every sampled row.
-    """
-    sampled: list[tuple[int, Prompt, int | None]] = []
-    problems: list[RowError] = []
-    looked_at = 0
-    for row in _sample(splits, read):
-        looked_at += 1
-        if isinstance(row, BadRow):
-            problems.append(RowError(row.code, row.message))
-            continue
-        try:
-            prompt = prompts.render(row.values)
-            own = prompts.sampling
-            most = spec.sampling.max_tokens if own is None else own(row.values).max_tokens
-            sampled.append((row.index, prompt, most))
-        except RowError as error:
-            problems.append(error)
-    lengths: list[tuple[int, int]] = []
-    generated = 0
-    refused = 0
-    counts = model.count_tokens([prompt for _, prompt, _ in sampled])
-    for (index, _, most), tokens in zip(sampled, counts, strict=True):
-        if isinstance(tokens, RowError):
-            problems.append(tokens)
-            refused += 1
-        elif tokens >= model.max_context:
-            problems.append(
-                RowError("too_long", f"row {index} has {tokens} tokens of {model.max_context} at most")
-            )
-        else:
-            lengths.append((tokens, index))
-            room = model.max_context - tokens
-            generated += min(most or room, room) * spec.sampling.n
-    if refused and refused == looked_at:
-        raise JobError(f"the model {spec.model.source} can't take these messages: {problems[0].message}")
-    scale = rows / looked_at if looked_at else 0.0
-    prompt_tokens = round(scale * sum(tokens for tokens, _ in lengths))
-    completion_tokens = round(scale * generated)
+def estimate(spec: JobSpec, survey: Survey, cached: int, model: InspectedModel) -> Estimate:
+    """Estimate the job whose rows were surveyed; ``cached`` of the surveyed rows' prompt tokens will be
+    found in the prefix cache."""
+    rows, scale = survey.rows, survey.scale
+    prompt_tokens = round(scale * sum(len(row.tokens) * row.sampling.n for row in rows))
+    completion_tokens = round(scale * sum(row.most * row.sampling.n for row in rows))
+    fewest = round(scale * sum((row.most if row.fixed else 1) * row.sampling.n for row in rows))
+    cached_tokens = round(scale * cached)
     rates = _rates(spec)
     worker_seconds = _seconds(
-        rates, model.parameters, _weight_bytes(spec), prompt_tokens, completion_tokens
+        rates, model.parameters, _weight_bytes(spec), prompt_tokens - cached_tokens, completion_tokens
     )
     price = spec.price.usd_per_hour
-    lengths.sort(key=lambda item: (-item[0], item[1]))
+    by_length = sorted(rows, key=lambda row: (-len(row.tokens), row.index))
     return Estimate(
-        sampled_rows=looked_at,
+        whole=survey.whole,
+        sampled_rows=survey.looked_at,
         prompt_tokens=prompt_tokens,
+        prompt_range=_prompt_range(survey, prompt_tokens),
+        cached_tokens=cached_tokens,
         completion_tokens=completion_tokens,
-        largest=tuple((index, tokens) for tokens, index in lengths[:_LARGEST]),
-        failures=dict(sorted(Counter(problem.code for problem in problems).items())),
-        first_failure=problems[0].message if problems else "",
+        fewest_tokens=fewest,
+        largest=tuple((row.index, len(row.tokens)) for row in by_length[:_LARGEST]),
+        too_long=survey.too_long[:_LARGEST],
+        too_long_rows=len(survey.too_long),
+        failures=survey.failures,
+        first_failure=survey.first_failure,
         worker_seconds=worker_seconds,
         seconds=worker_seconds / spec.workers.count,
         usd=None if price is None else worker_seconds / 3600 * price,
@@ -120,21 +91,19 @@ def estimate(
     )
 
 
-def _sample(
-    splits: Sequence[Split], read: Callable[[Split], Iterable[Row | BadRow]]
-) -> Iterable[Row | BadRow]:
-    """Up to SAMPLE_ROWS rows from the beginnings of evenly spaced splits: the same for the same input."""
-    if sum(split.rows for split in splits) <= SAMPLE_ROWS:
-        chosen = list(splits)
-    else:
-        places = min(_SAMPLE_PLACES, len(splits))
-        chosen = [splits[place * len(splits) // places] for place in range(places)]
-    left = SAMPLE_ROWS
-    for number, split in enumerate(chosen):
-        wanted = -(-left // (len(chosen) - number))
-        for row in islice(read(split), wanted):
-            yield row
-            left -= 1
+def _prompt_range(survey: Survey, total: int) -> Range:
+    """How far a sample's total may be off, from how much its runs of neighbours differ."""
+    if survey.whole:
+        return exactly(total)
+    means = [
+        sum(len(survey.rows[place].tokens) * survey.rows[place].sampling.n for place in places) / count
+        for count, places in survey.runs
+        if count
+    ]
+    unread = (1.0 - survey.looked_at / survey.total) ** 0.5
+    error = unread * survey.total * stdev(means) / len(means) ** 0.5 if len(means) > 1 else 0.0
+    far = t_quantile(TAIL, max(2.0, len(means) - 1.0)) * error
+    return Range(max(0.0, total - far), float(total), total + far)
 
 
 def _rates(spec: JobSpec) -> Rates:

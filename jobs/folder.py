@@ -140,6 +140,17 @@ class JobFolder:
             raise JobError(f"{self.uri}/_batchinfer/{name} is damaged: its digest is {plan_digest(data)}")
         return plan_from_bytes(data)
 
+    def write_prediction(self, data: bytes) -> None:
+        """Keep what a pilot predicted, before the job is committed; never read by the protocol."""
+        self.store.put("_batchinfer/prediction.json", data)
+
+    def read_prediction(self) -> bytes | None:
+        """What a pilot predicted; None where the job was submitted without one."""
+        try:
+            return self.store.get("_batchinfer/prediction.json")
+        except FileNotFoundError:
+            return None
+
     def create_job(self, record: JobRecord) -> bool:
         """Commit a submit: True when this record is the job's, False when another one was there."""
         return self.create("_batchinfer/job.json", record.to_bytes(), record.nonce, self._nonce)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from batchinfer.engine.types import ModelError
 from batchinfer.jobs.models import local_model
 from batchinfer.jobs.prompts import Prompt
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.types import JobError, RowError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,28 +31,30 @@ class InspectedModel:
     max_context: int
     _tokenizer: object
 
-    def count_tokens(self, prompts: Sequence[Prompt]) -> list[int | RowError]:
-        """How many tokens each prompt has, or why it has none: messages that the template refuses."""
+    def encode(self, prompts: Sequence[Prompt]) -> list[npt.NDArray[np.int32] | RowError]:
+        """Each prompt's token ids (int32), or why it has none: messages that the template refuses."""
+        import numpy as np
+
         from batchinfer.engine.tokenizer import Tokenizer
 
         tokenizer = self._tokenizer
         assert isinstance(tokenizer, Tokenizer)
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         encoded = iter(tokenizer.encode_batch(texts) if texts else ())
-        counts: list[int | RowError] = []
+        found: list[npt.NDArray[np.int32] | RowError] = []
         for prompt in prompts:
             if isinstance(prompt, str):
-                counts.append(len(next(encoded)))
+                found.append(np.array(next(encoded), np.int32))
                 continue
             messages = [part for part in prompt if not isinstance(part, int)]
             if not messages:
-                counts.append(len(prompt))  # token ids
+                found.append(np.array(prompt, np.int32))  # token ids
                 continue
             try:
-                counts.append(len(tokenizer.apply_chat_template(messages)))
+                found.append(np.array(tokenizer.apply_chat_template(messages), np.int32))
             except ValueError as error:
-                counts.append(RowError("chat_template", str(error)))
-        return counts
+                found.append(RowError("chat_template", str(error)))
+        return found
 
 
 def inspect_model(spec: JobSpec) -> InspectedModel:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.dataset
@@ -22,6 +22,9 @@ from batchinfer.jobs.retry import begin_round, current_failures
 from batchinfer.jobs.rounds import RoundPlan, in_order
 from batchinfer.jobs.status import JobStatus, StatusReader
 from batchinfer.jobs.types import JobError
+
+if TYPE_CHECKING:
+    from batchinfer.jobs.prediction import Prediction
 
 POLL_SECONDS = 2.0
 ASK_SECONDS = 10.0
@@ -71,6 +74,15 @@ class Job:
     def workers(self) -> tuple[WorkerRecord, ...]:
         """The last heartbeat of every worker that the job has had."""
         return tuple(record for record, _ in self._folder.read_workers())
+
+    def prediction(self) -> Prediction | None:
+        """What a pilot predicted before the job was submitted; None without one."""
+        data = self._folder.read_prediction()
+        if data is None:
+            return None
+        from batchinfer.jobs.prediction import Prediction
+
+        return Prediction.from_bytes(data)
 
     def bill(self) -> Settlement:
         """What the job has cost so far, and for what."""

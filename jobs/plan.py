@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 
-from batchinfer.connectors.readers import GRANULE, discover, read_split, scan_input
+from batchinfer.connectors.readers import discover, read_split, scan_input
 from batchinfer.connectors.types import BadRow, InputFile, Row, Split
 from batchinfer.jobs.columns import output_schema
 from batchinfer.jobs.estimate import Estimate, estimate
 from batchinfer.jobs.inspection import inspect_model
+from batchinfer.jobs.prefixes import cached_tokens
 from batchinfer.jobs.prompts import compile_prompts, widest_sampling
 from batchinfer.jobs.spec import JobSpec
+from batchinfer.jobs.survey import Survey, take_survey
 from batchinfer.jobs.types import JobError, Shard
 
 SHARD_SECONDS = 180.0
@@ -26,7 +28,8 @@ MOST_SHARDS = 20_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a job consists of: ``schema`` is that of its parts, ``input_schema`` that of its input."""
+    """What a job consists of: ``schema`` is that of its parts, ``input_schema`` that of its input;
+    ``survey`` is what was looked at of its rows."""
 
     spec: JobSpec
     files: tuple[InputFile, ...]
@@ -35,6 +38,7 @@ class Plan:
     shards: tuple[Shard, ...]
     fingerprint: str
     estimate: Estimate
+    survey: Survey = field(compare=False, repr=False)
 
     @property
     def rows(self) -> int:
@@ -73,7 +77,7 @@ def make_plan(spec: JobSpec) -> Plan:
     Raises JobError, StorageError and ModelError: every mistake that can be seen before a worker starts.
     """
     storage = spec.storage_options()
-    scan = scan_input(find_input(spec), storage, spec.shards.rows)
+    scan = scan_input(find_input(spec), storage, spec.shards.rows, spec.input.delimiter)
     if scan.rows == 0:
         raise JobError(
             f"the input {', '.join(spec.input.uri)} has no rows: correct input.uri, or nothing is to do"
@@ -85,8 +89,8 @@ def make_plan(spec: JobSpec) -> Plan:
     def read(split: Split) -> Iterable[Row | BadRow]:
         return read_split(split, scan.schema, prompts.columns, storage)
 
-    finest = scan.splits(spec.shards.rows or GRANULE)
-    expected = estimate(spec, scan.rows, finest, read, prompts, model)
+    survey = take_survey(spec, scan, read, prompts, model)
+    expected = estimate(spec, survey, sum(cached_tokens(survey.rows)), model)
     rows = spec.shards.rows or _shard_rows(scan.rows, expected, spec.workers.count)
     tokens_a_row = (expected.prompt_tokens + expected.completion_tokens) / scan.rows
     made = Plan(
@@ -97,6 +101,7 @@ def make_plan(spec: JobSpec) -> Plan:
         shards=tuple(_shards(scan.splits(rows), rows, tokens_a_row)),
         fingerprint=model.fingerprint,
         estimate=expected,
+        survey=survey,
     )
     made.check()
     return made

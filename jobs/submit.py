@@ -17,8 +17,10 @@ from batchinfer.jobs.folder import JobFolder, new_nonce
 from batchinfer.jobs.identity import check_same_budget, check_same_input, check_same_job, check_same_model
 from batchinfer.jobs.inspection import inspect_model
 from batchinfer.jobs.job import Job
+from batchinfer.jobs.pilot import check_rows
 from batchinfer.jobs.placement import Placed, check_placeable, place_workers, placed_options
 from batchinfer.jobs.plan import Plan, find_input, make_plan
+from batchinfer.jobs.prediction import Prediction, predict_by_pilot
 from batchinfer.jobs.records import Control, JobRecord
 from batchinfer.jobs.retry import is_complete
 from batchinfer.jobs.rounds import RoundPlan
@@ -31,21 +33,40 @@ from batchinfer.jobs.types import JobError
 @dataclass(frozen=True, slots=True)
 class Submitted:
     """A job that is in its folder: ``plan`` is None where it was there before; ``complete`` where nothing
-    is left to do."""
+    is left to do; ``prediction`` is what a pilot said before it was committed."""
 
     spec: JobSpec
     job: Job
     plan: Plan | None
     complete: bool
+    prediction: Prediction | None = None
 
 
-def submit(spec: str | Path | Mapping[str, Any] | JobSpec, overrides: Sequence[str] = ()) -> Job:
+def plan(
+    spec: str | Path | Mapping[str, Any] | JobSpec,
+    overrides: Sequence[str] = (),
+    pilot: int | None = None,
+    seed: int = 0,
+) -> tuple[Plan, Prediction | None]:
+    """What a job would take: its plan, and with ``pilot`` rows answered first, chosen by ``seed``, what
+    they predict. Arguments and errors are those of :func:`submit`."""
+    check_rows(pilot)
+    made = make_plan(located(load_spec(spec, overrides)))
+    return made, None if pilot is None else predict_by_pilot(made, pilot, seed)
+
+
+def submit(
+    spec: str | Path | Mapping[str, Any] | JobSpec,
+    overrides: Sequence[str] = (),
+    pilot: int | None = None,
+) -> Job:
     """Submit a job, or resume it, and start its workers, which outlive this process.
 
-    ``spec`` is a file, a URI, a mapping or a JobSpec; ``overrides`` are ``a.b=value``. Raises JobError,
+    ``spec`` is a file, a URI, a mapping or a JobSpec; ``overrides`` are ``a.b=value``. A new job is tried
+    with ``pilot`` rows first, and what they predict is kept with it (``Job.prediction``). Raises JobError,
     ModelError or StorageError, one sentence each, before anything is spent.
     """
-    submitted = commit_job(load_spec(spec, overrides))
+    submitted = commit_job(load_spec(spec, overrides), pilot)
     if not submitted.complete:
         begin_work(submitted, attached=False)
     return submitted.job
@@ -100,21 +121,26 @@ def retry_job(
     return Submitted(spec, Job(uri, storage or spec.storage_options(), before), None, False), plan
 
 
-def commit_job(spec: JobSpec) -> Submitted:
-    """Put the job into its folder, or find it there; starts nothing.
+def commit_job(spec: JobSpec, pilot: int | None = None) -> Submitted:
+    """Put the job into its folder, or find it there; starts nothing. A new job is first tried with
+    ``pilot`` of its rows, and what they predict is kept with it.
 
     Raises JobError where the folder holds another job or something else, and for everything that
     ``make_plan`` sees.
     """
+    check_rows(pilot)
     check_placeable(spec)
     spec = located(spec)
     store = open_store(spec.output.uri, spec.storage_options())
     folder = JobFolder(store)
-    record, plan = folder.read_job(), None
+    record, plan, prediction = folder.read_job(), None, None
     if record is None:
         _check_empty(store)
         probe(store)
         plan = make_plan(spec)
+        if pilot is not None:
+            prediction = predict_by_pilot(plan, pilot)
+            folder.write_prediction(prediction.to_bytes())
         if not _create(folder, plan):
             plan = None  # somebody else submitted meanwhile: is it the same job?
         record = folder.read_job()
@@ -124,7 +150,8 @@ def commit_job(spec: JobSpec) -> Submitted:
         _check_same(folder, record, spec, complete)
         _append_changes(folder, record, spec)
     before = {worker.worker for worker, _ in folder.read_workers()}
-    return Submitted(spec, Job(folder.uri, spec.storage_options(), before), plan, complete)
+    job = Job(folder.uri, spec.storage_options(), before)
+    return Submitted(spec, job, plan, complete, prediction if plan is not None else None)
 
 
 def _create(folder: JobFolder, plan: Plan) -> bool:

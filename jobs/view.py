@@ -11,48 +11,18 @@ from batchinfer.jobs.status import JobStatus
 if TYPE_CHECKING:
     from batchinfer.jobs.backends.local import LocalWorkers
     from batchinfer.jobs.placement import Placed, ServiceReport
-    from batchinfer.jobs.plan import Plan
     from batchinfer.jobs.submit import Submitted
 
 _BAR = 24
 
 
-def plan_lines(plan: Plan) -> list[str]:
-    """What a job will be and take."""
-    found, workers = plan.estimate, plan.spec.workers.count
-    size = sum(file.size for file in plan.files)
-    lines = [
-        _line("input", f"{_count(plan.rows, 'row')} in {_count(len(plan.files), 'file')}, {size:,} bytes"),
-        _line(
-            "shards",
-            f"{len(plan.shards):,} of at most {_count(max(shard.rows for shard in plan.shards), 'row')}, "
-            f"for {_count(workers, 'worker')}",
-        ),
-        _line(
-            "tokens",
-            f"about {found.prompt_tokens:,} in, at most {found.completion_tokens:,} out, by a sample of "
-            f"{_count(found.sampled_rows, 'row')}",
-        ),
-    ]
-    if found.largest:
-        longest = ", ".join(f"row {row} {tokens:,}" for row, tokens in found.largest)
-        lines.append(_line("longest", f"{longest} tokens (of the sample)"))
-    if found.failures:
-        codes = ", ".join(f"{code} {count:,}" for code, count in found.failures.items())
-        lines.append(_line("will fail", f"{codes} (of the sample); such as: {found.first_failure}"))
-    lines.append(_line("time", f"at most about {duration(found.seconds)}, at {found.basis}"))
-    price = "unknown, as no price was given (price.usd_per_hour)"
-    if found.usd is not None:
-        hourly = money(plan.spec.price.usd_per_hour or 0.0)
-        price = f"at most about {money(found.usd)}, at {hourly} an hour and worker"
-    lines.append(_line("price", price))
-    return lines
-
-
 def submit_lines(submitted: Submitted) -> list[str]:
     """What a submit found or made."""
     if submitted.plan is not None:
-        return [_line("job", submitted.job.uri), *plan_lines(submitted.plan)]
+        from batchinfer.jobs.plan_view import plan_lines
+
+        lines = plan_lines(submitted.plan, submitted.prediction)
+        return [_line("job", submitted.job.uri), *lines]
     if submitted.complete:
         return [f"The job at {submitted.job.uri} is complete; nothing is left to do."]
     return [f"The job at {submitted.job.uri} was begun before, and goes on where it stands."]

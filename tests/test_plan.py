@@ -6,10 +6,12 @@ import gzip
 import io
 import json
 import resource
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,12 +22,13 @@ import batchinfer.jobs.plan as planning
 from batchinfer.connectors.readers import read_split
 from batchinfer.connectors.types import StorageError
 from batchinfer.jobs.inspection import InspectedModel
+from batchinfer.jobs.lengths import exactly
 from batchinfer.jobs.plan import FEWEST_ROWS, MOST_ROWS, MOST_SHARDS, Plan, make_plan, plan_values
+from batchinfer.jobs.plan_view import plan_lines
 from batchinfer.jobs.records import plan_from_bytes, plan_to_bytes
 from batchinfer.jobs.spec import JobSpec, parse_spec
 from batchinfer.jobs.spec_source import located
 from batchinfer.jobs.types import JobError, RowError
-from batchinfer.jobs.view import plan_lines
 
 CONTEXT = 100
 
@@ -33,16 +36,18 @@ CONTEXT = 100
 class Words(InspectedModel):
     """A model whose tokens are words, and whose chat template knows only users."""
 
-    def count_tokens(self, prompts: Sequence[Any]) -> list[int | RowError]:
-        counts: list[int | RowError] = []
+    def encode(self, prompts: Sequence[Any]) -> list[Any]:
+        found: list[Any] = []
         for prompt in prompts:
             if isinstance(prompt, str):
-                counts.append(len(prompt.split()))
+                words = prompt.split()
             elif all(message["role"] == "user" for message in prompt):
-                counts.append(sum(len(message["content"].split()) for message in prompt))
+                words = [word for message in prompt for word in message["content"].split()]
             else:
-                counts.append(RowError("chat_template", "only users speak here"))
-        return counts
+                found.append(RowError("chat_template", "only users speak here"))
+                continue
+            found.append(np.array([zlib.crc32(word.encode()) % 2**31 for word in words], np.int32))
+        return found
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +151,7 @@ def test_small_files_share_a_shard(tmp_path: Path) -> None:
     assert [len(shard.splits) for shard in plan.shards] == [10, 10, 10]
 
 
-def test_the_estimate_is_of_a_spread_sample_and_says_what_does_not_fit(tmp_path: Path) -> None:
+def test_a_small_set_is_looked_at_whole_and_what_does_not_fit_is_named(tmp_path: Path) -> None:
     texts = ["word " * (5 if row % 2 else 3) for row in range(4000)]
     texts[0] = "word " * 90
     texts[1] = "word " * CONTEXT
@@ -159,10 +164,15 @@ def test_the_estimate_is_of_a_spread_sample_and_says_what_does_not_fit(tmp_path:
     )
     plan = make_plan(asked)
     found = plan.estimate
-    assert found.sampled_rows == 256
-    assert found.prompt_tokens == round(4000 / 256 * (127 * 3 + 127 * 5 + 90))
-    assert found.completion_tokens == round(4000 / 256 * 2 * (254 * 20 + 10))
+    assert found.whole
+    assert found.sampled_rows == 4000
+    assert found.prompt_tokens == 2 * (1999 * 3 + 1999 * 5 + 90)
+    assert found.prompt_range == exactly(found.prompt_tokens)
+    assert found.completion_tokens == 2 * (3998 * 20 + 10)
+    assert found.fewest_tokens == 2 * 3999
     assert found.largest[0] == (0, 90)
+    assert found.too_long == ((1, 100),)
+    assert found.too_long_rows == 1
     assert found.failures == {"too_long": 1}
     assert "row 1 has 100 tokens" in found.first_failure
     assert found.seconds == found.worker_seconds / 2

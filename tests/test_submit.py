@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,14 +23,14 @@ from batchinfer.jobs.inspection import InspectedModel
 from batchinfer.jobs.spec import parse_spec
 from batchinfer.jobs.spec_source import apply_override
 from batchinfer.jobs.submit import Submitted, commit_job
-from batchinfer.jobs.types import JobError, RowError
+from batchinfer.jobs.types import JobError
 
 
 class Words(InspectedModel):
     """A model whose tokens are words."""
 
-    def count_tokens(self, prompts: Any) -> list[int | RowError]:
-        return [len(str(prompt).split()) for prompt in prompts]
+    def encode(self, prompts: Any) -> list[Any]:
+        return [np.ones(len(str(prompt).split()), np.int32) for prompt in prompts]
 
 
 class Setting:

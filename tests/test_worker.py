@@ -470,20 +470,20 @@ def test_a_column_may_be_for_the_prompt_alone(make_job: MakeJob, tmp_path: Path)
 
 def test_gpus_are_shared_out_one_group_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     def given(count: int, gpus: int) -> list[str | None]:
-        return [share.get("CUDA_VISIBLE_DEVICES") for share in local._shares(count, gpus, None)]
+        return [share.get("CUDA_VISIBLE_DEVICES") for share in local.worker_shares(count, gpus, None)]
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     assert given(4, 1) == ["4", "5", "6", "7"]
     assert given(2, 2) == ["4,5", "6,7"]
     assert given(6, 1) == ["4", "5", "6", "7", "4", "5"]
-    assert [share["BATCHINFER_MEMORY_SHARE"] for share in local._shares(6, 1, None)] == ["0.4"] * 6
+    assert [share["BATCHINFER_MEMORY_SHARE"] for share in local.worker_shares(6, 1, None)] == ["0.4"] * 6
     assert given(2, 0) == [None, None]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = len(os.sched_getaffinity(0))
-    shares = local._shares(cores, 1, None)
+    shares = local.worker_shares(cores, 1, None)
     assert [share["OMP_NUM_THREADS"] for share in shares] == ["1"] * cores
-    assert local._shares(1, 1, 3.0)[0]["OMP_NUM_THREADS"] == "3"
+    assert local.worker_shares(1, 1, 3.0)[0]["OMP_NUM_THREADS"] == "3"
 
 
 @pytest.mark.parametrize(

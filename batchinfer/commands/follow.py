@@ -36,10 +36,12 @@ def run_workers(submitted: Submitted, wait: bool, as_json: bool, news: Mapping[s
 
 def tell_end(job: Job, found: JobStatus, as_json: bool) -> int:
     """Say how a job that is over has ended."""
+    from batchinfer.jobs.plan_view import comparison_lines
     from batchinfer.jobs.view import bill_lines
 
     if found.state == "done":
-        for line in bill_lines(job.bill()):
+        bill = job.bill()
+        for line in [*bill_lines(bill), *comparison_lines(job.prediction(), bill)]:
             say(line)
         say(f"The answers are in {job.uri}/*.parquet; `batchinfer results {job.uri}` shows them.")
     elif found.message:

@@ -24,6 +24,7 @@ def status(
     """Where a job stands: rows, failures, tokens, spend, workers."""
     from batchinfer.jobs.job import Job
     from batchinfer.jobs.live import follow
+    from batchinfer.jobs.plan_view import comparison_lines
     from batchinfer.jobs.view import bill_lines, service_lines, status_lines
 
     job = Job(job_uri)
@@ -33,7 +34,9 @@ def status(
         found = job.status()
         for line in status_lines(found):
             say(line)
-    for line in bill_lines(job.bill()):
+    bill = job.bill()
+    predicted = comparison_lines(job.prediction(), bill) if found.state == "done" else []
+    for line in [*bill_lines(bill), *predicted]:
         say(line)
     services = [] if found.state == "done" else job.services()
     for line in service_lines(services):
@@ -44,11 +47,14 @@ def status(
 
 
 def status_document(job: Job, status: JobStatus) -> dict[str, Any]:
-    """The status and the bill as one document."""
+    """The status, the bill and what was predicted as one document."""
+    prediction = job.prediction()
     from batchinfer.jobs.cost import summary
+    from batchinfer.jobs.prediction import prediction_values
     from batchinfer.jobs.status import status_values
 
     return {
         **status_values(status),
         "bill": json.loads(summary(job.bill(), status.shards, job.record.spec["sampling"]["n"])),
+        "prediction": None if prediction is None else prediction_values(prediction),
     }

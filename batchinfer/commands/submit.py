@@ -8,6 +8,7 @@ import typer
 
 from batchinfer.commands.follow import run_workers, tell_end
 from batchinfer.commands.frame import AsJson, Overrides, SpecFile, command, emit, say
+from batchinfer.commands.plan import PilotRows
 
 
 @command
@@ -16,6 +17,7 @@ def submit(
     wait: Annotated[bool, typer.Option("--wait", help="Show progress until the job is done.")] = False,
     workers: Annotated[int | None, typer.Option(help="Workers to start: workers.count.")] = None,
     backend: Annotated[str | None, typer.Option(help="Who starts them: workers.backend.")] = None,
+    pilot: PilotRows = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what the backend would be sent, and do nothing.")
     ] = False,
@@ -41,7 +43,7 @@ def submit(
         else:
             print(text, end="")
         return 0
-    submitted = commit_job(asked)
+    submitted = commit_job(asked, pilot)
     job = submitted.job
     for line in submit_lines(submitted):
         say(line)

@@ -89,7 +89,7 @@ def start_workers(
     """
     logs = _log_folder()
     processes, files = [], []
-    for index, shares in enumerate(_shares(count, gpus, cpus)):
+    for index, shares in enumerate(worker_shares(count, gpus, cpus)):
         environment = {**child_environment(), **storage_environment(storage), **shares}
         if attached:
             environment[PARENT] = str(os.getpid())
@@ -119,7 +119,7 @@ def render(
 ) -> str:
     """The commands that ``start_workers`` runs, one a line, with what it adds to the environment."""
     lines = []
-    for index, shares in enumerate(_shares(count, gpus, cpus)):
+    for index, shares in enumerate(worker_shares(count, gpus, cpus)):
         environment = {**storage_environment(storage), **shares}
         words = [f"{name}={shlex.quote(value)}" for name, value in sorted(environment.items())]
         command = [*python_command("batchinfer", "worker", job_uri), "--index", str(index)]
@@ -127,7 +127,7 @@ def render(
     return "\n".join(lines) + "\n"
 
 
-def _shares(count: int, gpus: int, cpus: float | None) -> list[dict[str, str]]:
+def worker_shares(count: int, gpus: int, cpus: float | None) -> list[dict[str, str]]:
     """The environment that gives each worker its part of the machine."""
     devices = _gpus() if gpus else []
     if devices:
