@@ -15,8 +15,9 @@ class EngineConfig:
     memory there is (on a host two fifths of it), times ``memory_share``: workers on one host divide it.
     ``max_batch_tokens`` bounds the tokens of one step, ``max_sequences`` the rows on the device.
     ``steps_in_flight`` 1 waits for each step before planning the next, 2 plans step N+1 while N runs,
-    more only delays results further (for tests). ``window`` is how many requests are read ahead to be
-    ordered. ``operators`` names the kernels ("auto": the fastest for the device).
+    more only delays results further (for tests); None is 2 on a GPU and 1 on a CPU, which has no cores
+    to spare. ``window`` is how many requests are read ahead to be ordered. ``operators`` names the
+    kernels ("auto": the fastest for the device).
     ``load_format`` "dummy" makes random weights from a config alone.
     """
 
@@ -31,7 +32,7 @@ class EngineConfig:
     max_batch_tokens: int = 2048
     max_sequences: int = 256
     prefix_cache: bool = True
-    steps_in_flight: int = 1
+    steps_in_flight: int | None = None
     window: int = 2048
     operators: Literal["auto", "reference", "cpu", "triton"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
@@ -40,7 +41,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         """Check ranges; raises ValueError naming the field."""
         for name in ("max_batch_tokens", "max_sequences", "steps_in_flight", "window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but it must be 1 or more")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, but it must be 1 or more")
         if not 0.0 < self.memory_share <= 1.0:
             raise ValueError(f"memory_share is {self.memory_share}, but it must be in (0, 1]")

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from batchinfer.engine.config import EngineConfig
+from batchinfer.engine.dummy import byte_tokenizer, lacks_tokenizer
+from batchinfer.engine.graphs import CudaRecorder
 from batchinfer.engine.memory import CacheSize, cache_size, host_memory
 from batchinfer.engine.models.decoder import Decoder, DecoderConfig
 from batchinfer.engine.models.registry import decoder_config
@@ -59,7 +61,10 @@ def load(config: EngineConfig) -> Loaded:
     device = _device(config.device)
     files = find_model(config.model, config.load_format)
     model = decoder_config(config.model, files.config)
-    tokenizer = load_tokenizer(files, model.vocab_size)
+    if config.load_format == "dummy" and files.gguf is None and lacks_tokenizer(files.folder):
+        tokenizer = byte_tokenizer(model.vocab_size)
+    else:
+        tokenizer = load_tokenizer(files, model.vocab_size)
     dtype = _dtype(config, files)
     try:
         ops = operators_for(device, config.operators)
@@ -70,7 +75,9 @@ def load(config: EngineConfig) -> Loaded:
     decoder = _decoder(config, files, model, ops, device, _DTYPES[dtype], min(context, model.max_context))
     try:
         size = _size_cache(config, model, decoder, ops, spec)
-        kv = ops.allocate_kv(spec, size.num_blocks, device)
+        # One block more than sequences get: graphs fill up their batches with it.
+        recorder = CudaRecorder() if device.type == "cuda" else None
+        kv = ops.allocate_kv(spec, size.num_blocks + (recorder is not None), device)
     except ValueError as error:
         raise ModelError(f"kv_dtype is {config.kv_dtype!r}: {error}") from error
     costs = measure_costs(decoder, spec)
@@ -82,7 +89,8 @@ def load(config: EngineConfig) -> Loaded:
         max_context=size.max_context,
         eos_token_ids=tokenizer.eos_token_ids,
         costs=costs,
-        steps_in_flight=config.steps_in_flight,
+        steps_in_flight=config.steps_in_flight or (2 if device.type == "cuda" else 1),
+        recorder=recorder,
     )
     return Loaded(
         runner=runner,

@@ -76,8 +76,8 @@ class _Launched:
 class EngineLoop:
     """Runs requests on a runner, one step a call.
 
-    With ``steps_in_flight`` d the step N + 1 is planned when the results of N + 1 - d and older are
-    applied: always, whatever happens to be ready. ``clock`` counts nanoseconds, the same as
+    With the runner's ``steps_in_flight`` d the step N + 1 is planned when the results of N + 1 - d and
+    older are applied: always, whatever happens to be ready. ``clock`` counts nanoseconds, the same as
     ``StepResult.completed_ns``.
     """
 
@@ -91,7 +91,7 @@ class EngineLoop:
         self._runner = runner
         self._tokenizer = tokenizer
         self._clock = clock
-        self._steps_in_flight = config.steps_in_flight
+        self._steps_in_flight = runner.steps_in_flight
         self._limits = Limits(runner.max_context, runner.num_blocks, runner.block_size)
         self._scheduler = Scheduler(
             block_size=runner.block_size,

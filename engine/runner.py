@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from batchinfer.engine.batch import DeviceRows, to_device
+from batchinfer.engine.graphs import DecodeGraphs, Recorder, graph_sizes
 from batchinfer.engine.models.decoder import Decoder
 from batchinfer.engine.sampler import Sampler
 from batchinfer.engine.types import EngineError, RowLogprobs, StepCosts, StepPlan, StepResult
@@ -106,6 +107,8 @@ class TorchRunner:
 
     On a CPU with ``steps_in_flight`` above 1 a worker thread runs the steps in launch order, so that
     the next one is planned meanwhile; otherwise ``launch`` itself computes. On CUDA ``launch`` queues.
+    With a ``recorder`` steps of decodes alone are recorded by it and replayed, and the cache's last block
+    is theirs.
     """
 
     def __init__(
@@ -119,16 +122,25 @@ class TorchRunner:
         eos_token_ids: Collection[int],
         costs: StepCosts,
         steps_in_flight: int = 1,
+        recorder: Recorder | None = None,
     ) -> None:
+        self.steps_in_flight = steps_in_flight
         self.block_size = kv.block_size
-        self.num_blocks = kv.num_blocks
+        self.num_blocks = kv.num_blocks if recorder is None else kv.num_blocks - 1
         self.max_rows = max_rows
         self.max_context = max_context
         self.costs = costs
         self._decoder = decoder
         self._kv = kv
         self._device = decoder.device
-        self._rows = DeviceRows(max_rows, max_context, kv.block_size, self._device)
+        self._rows = DeviceRows(
+            max_rows,
+            max_context,
+            kv.block_size,
+            self._device,
+            None if recorder is None else self.num_blocks,
+        )
+        self._graphs = None if recorder is None else self._record(recorder)
         self._sampler = Sampler(ops, decoder.config.vocab_size, max_rows, eos_token_ids, self._device)
         self._prompt_lens = np.zeros(max_rows, np.int64)
         self._indexes = np.zeros(max_rows, np.int64)
@@ -148,6 +160,10 @@ class TorchRunner:
             outcome.set_exception(error)
         return _Handle(outcome)
 
+    @torch.inference_mode()
+    def _record(self, recorder: Recorder) -> DecodeGraphs:
+        return DecodeGraphs(self._decoder, self._kv, self._rows, graph_sizes(self.max_rows), recorder)
+
     def close(self) -> None:
         """Finish what was launched and end the worker thread."""
         if self._worker is not None:
@@ -165,11 +181,15 @@ class TorchRunner:
             ):
                 wanted[new.row] = -1 if width is None else min(width, self._decoder.config.vocab_size)
         self._rows.update(plan)
-        inputs = self._rows.inputs(plan)
-        hidden = self._decoder.forward(inputs.tokens, inputs.attention, self._kv)
+        if self._graphs is not None and self._graphs.takes(plan):
+            hidden = last = self._graphs.forward(plan)
+        else:
+            inputs = self._rows.inputs(plan)
+            hidden = self._decoder.forward(inputs.tokens, inputs.attention, self._kv)
+            last = hidden[inputs.last]
         prompt_logprobs = self._score_prompts(plan, hidden)
         sampled = np.flatnonzero(plan.samples)
-        tokens, finite, logprobs = self._sample(plan, sampled, hidden[inputs.last])
+        tokens, finite, logprobs = self._sample(plan, sampled, last)
         indexes = self._indexes[plan.rows[sampled]]
         event = None
         if self._device.type == "cuda":

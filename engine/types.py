@@ -259,8 +259,12 @@ class StepCosts:
 
 
 class Runner(Protocol):
-    """Executes step plans in the order they are launched; the scheduler's view of a device."""
+    """Executes step plans in the order they are launched; the scheduler's view of a device.
 
+    ``steps_in_flight`` is how many steps are launched before the first one's result is awaited.
+    """
+
+    steps_in_flight: int
     block_size: int
     num_blocks: int
     max_rows: int

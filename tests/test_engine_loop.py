@@ -22,7 +22,9 @@ def make_loop(fakes, *, clock_seed=0, runner=None, **settings):
     """A loop and its runner; ``settings`` are EngineConfig's, ``runner`` the fake runner's fields."""
     config = EngineConfig(model="fake", **{"max_sequences": 8, "max_batch_tokens": 32, **settings})
     clock = fakes.FakeClock(clock_seed)
-    fake = fakes.FakeRunner(**{"steps_in_flight": config.steps_in_flight, "clock": clock, **(runner or {})})
+    fake = fakes.FakeRunner(
+        **{"steps_in_flight": config.steps_in_flight or 1, "clock": clock, **(runner or {})}
+    )
     return EngineLoop(fake, fakes.FakeTokenizer(), config, clock), fake
 
 

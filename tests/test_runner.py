@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchinfer.engine.batch import DeviceRows
+from batchinfer.engine.graphs import graph_sizes
 from batchinfer.engine.models.decoder import Decoder, DecoderConfig
 from batchinfer.engine.models.layers import LayerConfig, RopeConfig
 from batchinfer.engine.runner import TorchRunner
@@ -49,7 +52,7 @@ class Weights(DummyCheckpoint):
 def make_runner(max_rows: int = 8, **options: Any) -> TorchRunner:
     ops = ReferenceOperators()
     decoder = Decoder(CONFIG, WeightReader("m", Weights(), torch.float32, CPU), ops, 128)
-    kv = ops.allocate_kv(CONFIG.kv_spec(torch.float32), 64, CPU)
+    kv = ops.allocate_kv(CONFIG.kv_spec(torch.float32), 64 + ("recorder" in options), CPU)
     costs = StepCosts(1, 1, 1, 1, 1, 1, 1)
     limits: dict[str, Any] = {"max_rows": max_rows, "max_context": 128}
     return TorchRunner(decoder, ops, kv, eos_token_ids=(), costs=costs, **limits, **options)
@@ -300,3 +303,85 @@ def test_step_inputs_follow_the_block_tables() -> None:
     assert batch.block_tables[0].tolist() == [9, 4]
     assert batch.block_tables[1, 0] == 6
     assert (batch.max_query, batch.max_context) == (3, 6)
+
+
+@given(st.integers(1, 3000))
+def test_graph_sizes_are_few_and_close(max_rows: int) -> None:
+    sizes = graph_sizes(max_rows)
+    assert sizes[-1] == max_rows and len(sizes) <= 35
+    for smaller, larger in pairwise(sizes):
+        assert smaller < larger <= (2 * smaller if smaller < 32 else 1.25 * smaller)
+
+
+class Recorded:
+    """Keeps what a graph would launch and launches it again at each replay, counted by size."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        work()
+
+        def replay() -> None:
+            self.replays += 1
+            work()
+
+        return replay
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.data())
+def test_replayed_decodes_of_any_batch_are_the_plain_ones(lengths: list[int], data: st.DataObject) -> None:
+    """Rows join in any order and sit out at times: batches are filled up, and between two sizes."""
+    recorder = Recorded()
+    runners = [make_runner(), make_runner(recorder=recorder)]
+    assert [runner.num_blocks for runner in runners] == [64, 64]
+    kinds = [
+        SamplingParams(logprobs=2),
+        SamplingParams(temperature=1.0, seed=4),
+        SamplingParams(frequency_penalty=0.5),
+    ]
+    new = {
+        row: (prompt_of(length, row), kinds[row % len(kinds)], row) for row, length in enumerate(lengths)
+    }
+    known = dict(enumerate(lengths))
+    plan = plan_of([(row, length, 0) for row, length in known.items()], new=new)
+    decodes = 0
+    for _ in range(6):
+        plain, replayed = (runner.launch(plan).result() for runner in runners)
+        assert plain.tokens.tolist() == replayed.tokens.tolist()
+        assert plain.logprobs.keys() == replayed.logprobs.keys()
+        for entry, scores in plain.logprobs.items():
+            for mine, others in zip(scores, replayed.logprobs[entry], strict=True):
+                np.testing.assert_allclose(mine, others, atol=1e-5)
+        for row in plan.rows.tolist():
+            known[row] += 1
+        rows = data.draw(st.lists(st.sampled_from(sorted(known)), min_size=1, unique=True))
+        plan = plan_of([(row, 1, known[row] - 1) for row in rows])
+        decodes += 1
+    assert recorder.replays >= decodes - 1
+
+
+def test_a_step_with_a_prompt_in_it_is_not_replayed() -> None:
+    recorder = Recorded()
+    runner = make_runner(recorder=recorder)
+    runner.launch(plan_of([(0, 5, 0)], new={0: (prompt_of(5, 0), SamplingParams(), 0)})).result()
+    new = {1: (prompt_of(3, 1), SamplingParams(), 1)}
+    runner.launch(plan_of([(0, 1, 5), (1, 3, 0)], new=new)).result()
+    assert recorder.replays == 0
+    runner.launch(plan_of([(0, 1, 6), (1, 1, 3)])).result()
+    assert recorder.replays == 1
+
+
+def test_filling_up_a_batch_writes_to_nobodys_blocks() -> None:
+    """The blocks of row 0 have another owner by now: what fills up a batch of three must not be row 0."""
+    runners = [make_runner(), make_runner(recorder=Recorded())]
+    params = SamplingParams(logprobs=2)
+    first = plan_of([(0, 9, 0)], new={0: (prompt_of(9, 0), params, 0)})
+    rows = {row: (prompt_of(9, row), params, row) for row in (1, 2, 3)}
+    second = plan_of([(row, 9, 0) for row in rows], new=rows)
+    heir = np.where(second.block_rows == 1, second.block_ids - 8, second.block_ids)
+    plans = [first, replace(second, block_ids=heir), plan_of([(row, 1, 9) for row in rows])]
+    results = [[runner.launch(plan).result() for plan in plans][-1] for runner in runners]
+    for plain, replayed in zip(*(result.logprobs.values() for result in results), strict=True):
+        np.testing.assert_allclose(plain.top, replayed.top, atol=1e-5)
