@@ -11,6 +11,7 @@ from batchinfer.jobs.claims import RENEWALS_PER_LEASE, Claims
 from batchinfer.jobs.clock import Clock
 from batchinfer.jobs.failure_limit import JobStopped
 from batchinfer.jobs.folder import JobFolder
+from batchinfer.jobs.health import show_life
 from batchinfer.jobs.history import Moment, extended
 from batchinfer.jobs.records import WorkerRecord, WorkerState
 from batchinfer.jobs.workbench import Workbench
@@ -111,11 +112,11 @@ class Renewer:
 
     def run(self) -> None:
         """Show that the worker is there, then renew until closed. While the engine is stalled nothing is
-        renewed, so others may take over."""
+        renewed, so others may take over, and whoever probes the container sees no life."""
         self._heartbeat.beat()
         self._obey()
         while self._wait():
-            if not self._stalled():
+            if not (stalled := self._stalled()):
                 with self._bench.changed:
                     shards = list(self._bench.open.values())
                 for shard in shards:
@@ -124,6 +125,8 @@ class Renewer:
                         logger.warning("shard %s was taken over by another worker", shard.name.label)
                         self._bench.lose(shard)
             self._heartbeat.beat()
+            if not stalled:
+                show_life()
             self._obey()
 
     def _obey(self) -> None:
