@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from batchinfer.connectors.batches import RowBatch
 from batchinfer.connectors.types import BadRow, Split
 from batchinfer.engine.types import Request, SamplingParams
 from batchinfer.jobs.claims import Claims, Lease
+from batchinfer.jobs.events import log_event
 from batchinfer.jobs.failure_limit import NO_LIMIT, FailureLimit
 from batchinfer.jobs.folder import JobFolder, ShardName
 from batchinfer.jobs.open_shard import OpenShard
@@ -19,6 +21,8 @@ from batchinfer.jobs.progress import Progress, ProgressReader, ProgressWriter, r
 from batchinfer.jobs.records import Failure, input_as_json
 from batchinfer.jobs.types import RowError, Shard
 from batchinfer.jobs.workbench import Workbench
+
+logger = logging.getLogger(__name__)
 
 FIRST_PATIENCE = 1.0
 PATIENCE_GROWTH = 1.5
@@ -119,6 +123,9 @@ class Feeder:
 
     def _feed(self, lease: Lease) -> None:
         planned = self.shards[lease.shard]
+        what = "helping with" if lease.helper else "claimed"
+        figures = {"shard": lease.shard.label, "rows": planned.rows, "helper": lease.helper}
+        log_event(logger, "claim", f"{what} shard {lease.shard.label}, {planned.rows:,} rows", **figures)
         writer = ProgressWriter(self._folder, lease.shard, self._worker)
         shard = OpenShard(planned, lease, self._work.sampling.n, writer)
         self._bench.add(shard)  # from here on the lease is renewed

@@ -13,6 +13,7 @@ from batchinfer.jobs.failure_limit import JobStopped
 from batchinfer.jobs.folder import JobFolder
 from batchinfer.jobs.health import show_life
 from batchinfer.jobs.history import Moment, extended
+from batchinfer.jobs.prometheus import MetricsFile
 from batchinfer.jobs.records import WorkerRecord, WorkerState
 from batchinfer.jobs.workbench import Workbench
 
@@ -44,6 +45,8 @@ class Heartbeat:
         self._clock = clock
         self._record = first
         self._writing = False
+        self.metrics: MetricsFile | None = None
+        """Where the worker's figures are written with each heartbeat, if anybody asked for it."""
 
     def beat(self) -> None:
         """Write the record as of now."""
@@ -56,6 +59,7 @@ class Heartbeat:
             self._writing = True
             bench, bill = self._bench, self._bench.ledger.bill(now)
             done = (bench.rows_done, bench.prompt_tokens, bench.cached_tokens, bench.completion_tokens)
+            failures = dict(bench.failures)
             self._record = replace(
                 self._record,
                 state=self.life.state,
@@ -71,6 +75,8 @@ class Heartbeat:
             )
         try:
             self._folder.write_worker(self._record)
+            if self.metrics is not None:
+                self.metrics.write(self._record, failures, bench.shards_done, len(bench.in_engine))
         finally:
             with self._bench.changed:
                 self._writing = False

@@ -8,6 +8,7 @@ from dataclasses import replace
 from batchinfer.jobs.claims import Claims
 from batchinfer.jobs.clock import Clock
 from batchinfer.jobs.commit import commit
+from batchinfer.jobs.events import log_event
 from batchinfer.jobs.failure_limit import FailureCount, FailureLimit, JobStopped
 from batchinfer.jobs.feeder import Work
 from batchinfer.jobs.folder import JobFolder
@@ -120,6 +121,8 @@ class Publisher:
         )
         if won:
             self._bench.close(shard)
+            figures = {"shard": shard.name.label, "rows": len(samples), "failed": len(shard.failures)}
+            log_event(logger, "commit", f"committed shard {shard.name.label}", **figures)
             delete_progress(self._folder, shard.name)
             self._summary.committed(shard.name)
         else:
@@ -143,7 +146,7 @@ class Publisher:
         The whole job is counted only when this worker has seen more failures, and too many for its own
         rows: where a job's share is too large, that of some worker is.
         """
-        failed, done = self._bench.rows_failed, self._bench.rows_done
+        failed, done = self._bench.failures.total(), self._bench.rows_done
         if failed == self._failed_before:
             return
         self._failed_before = failed

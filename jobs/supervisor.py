@@ -15,6 +15,7 @@ from batchinfer.jobs.budget import Allowance, BudgetSpent
 from batchinfer.jobs.claims import LEASE_SECONDS, RENEWALS_PER_LEASE, Claims
 from batchinfer.jobs.clock import Clock, Thread
 from batchinfer.jobs.cost import Ledger
+from batchinfer.jobs.events import log_event
 from batchinfer.jobs.failure_limit import JobStopped
 from batchinfer.jobs.feeder import Feeder, Work
 from batchinfer.jobs.folder import JobFolder
@@ -34,6 +35,7 @@ from batchinfer.jobs.link import (
     StartEngine,
     Stop,
 )
+from batchinfer.jobs.prometheus import MetricsFile
 from batchinfer.jobs.publisher import Publisher
 from batchinfer.jobs.records import WorkerRecord, WorkerState
 from batchinfer.jobs.summary import SummaryWriter
@@ -152,8 +154,13 @@ class Supervisor:
         self._end_engine()
         return self._leave(renewing, publishing)
 
+    def write_metrics(self, metrics: MetricsFile) -> None:
+        """Have the worker's figures written there with each heartbeat."""
+        self._heartbeat.metrics = metrics
+
     def drain(self) -> None:
         """Stop admitting rows, save what there is, and leave (SIGTERM)."""
+        log_event(logger, "drain", "told to leave: saving what there is")
         self._heartbeat.life = Life("draining")
         self.bench.request_stop("drain")
 

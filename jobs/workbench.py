@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
@@ -47,7 +48,8 @@ class Workbench:
         self.in_engine = EngineRows()
         self.stop: StopReason | None = None
         self.error: BaseException | None = None
-        self.rows_failed = 0
+        self.failures: Counter[str] = Counter()
+        self.shards_done = 0
         self.rows_done = self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
         self.starved_for_work = False
         self.engine_ready = False
@@ -108,7 +110,7 @@ class Workbench:
         """
         with self.changed:
             for failure in failures:
-                self.rows_failed += shard.fail(failure)
+                self._fail(shard, failure)
             while self.stop is None and shard.lease is not None and not self.queue.has_room():
                 self.changed.wait()
             if self.stop is not None or shard.lease is None:
@@ -258,7 +260,7 @@ class Workbench:
                 self.in_engine.forget(row)
                 if missing:
                     values = input_as_json(shard.inputs.pop(row))
-                    self.rows_failed += shard.fail(Failure(row, item.code, item.message, 1, values))
+                    self._fail(shard, Failure(row, item.code, item.message, 1, values))
                     self._row_settled(shard, row)
                 continue
             own = shard.finish(item, self._worker, self._usd_per_hour)
@@ -275,6 +277,10 @@ class Workbench:
                 self.prompt_tokens += item.prompt_tokens
                 self.cached_tokens += item.cached_tokens
         self.changed.notify_all()
+
+    def _fail(self, shard: OpenShard, failure: Failure) -> None:
+        if shard.fail(failure):
+            self.failures[failure.code] += 1
 
     def _row_settled(self, shard: OpenShard, row: int) -> None:
         shard.aside.pop(row, None)
@@ -354,7 +360,7 @@ class Workbench:
             message = (
                 f"{DEATHS_ALONE} engines ended with this row alone in flight, the last one so: {death.how}"
             )
-            self.rows_failed += shard.fail(Failure(condemned, death.code, message, DEATHS_ALONE, values))
+            self._fail(shard, Failure(condemned, death.code, message, DEATHS_ALONE, values))
         self.to_save = True
 
     def update_account(self) -> None:
@@ -385,6 +391,7 @@ class Workbench:
     def close(self, shard: OpenShard) -> None:
         """The shard is committed by us."""
         with self.changed:
+            self.shards_done += 1
             if shard.lease is not None:
                 shard.lease = None
                 del self.open[shard.name]

@@ -8,11 +8,11 @@ import os
 import secrets
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 from batchinfer.connectors.batches import RowBatch
 from batchinfer.connectors.readers import read_batches
@@ -23,6 +23,7 @@ from batchinfer.jobs.budget import Allowance, cap_of, job_slots
 from batchinfer.jobs.clock import Clock, SystemClock
 from batchinfer.jobs.columns import passed_columns
 from batchinfer.jobs.engine_process import EngineProcess, Load
+from batchinfer.jobs.events import LogFormat, log_event, log_to_stderr
 from batchinfer.jobs.failure_limit import FailureLimit
 from batchinfer.jobs.feeder import Work
 from batchinfer.jobs.folder import JobFolder, ShardName
@@ -34,6 +35,7 @@ from batchinfer.jobs.processes import (
     end_with_parent,
     process_started_ns,
 )
+from batchinfer.jobs.prometheus import MetricsFile
 from batchinfer.jobs.prompts import compile_prompts, widest_sampling
 from batchinfer.jobs.records import Bill, Control, JobRecord, WorkerRecord
 from batchinfer.jobs.retry import last_round, round_shards
@@ -50,30 +52,45 @@ ATTEMPTS = 12
 DRAIN_SECONDS = 25.0
 
 
-def run_worker(job_uri: str, usd_per_hour: float | None = None, index: int | None = None) -> int:
+def run_worker(
+    job_uri: str,
+    usd_per_hour: float | None = None,
+    index: int | None = None,
+    log_format: LogFormat = LogFormat.TEXT,
+    metrics_file: Path | None = None,
+) -> int:
     """Work on the job at ``job_uri`` until every shard is committed; returns the exit code.
 
     0 done, 75 drained by SIGTERM or a failure that may pass, 78 the job is wrong, 77 stopped by a
     cancel or by the budget, 70 internal. ``usd_per_hour`` is this worker's price (default: the job's).
-    ``index`` is the batch service's number of this worker: a hint where to start. To be called from the
-    main thread.
+    ``index`` is the batch service's number of this worker: a hint where to start. Its log is lines of
+    ``log_format`` on stderr; its figures go to ``metrics_file`` with each heartbeat, for Prometheus. To be
+    called from the main thread.
     """
     started_ns = process_started_ns()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    log_to_stderr(log_format)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda *_: os._exit(EXIT_RETRY))  # nothing is there to be saved yet
     show_life()
     try:
-        return _run(job_uri, usd_per_hour, index, started_ns)
+        code = _run(job_uri, usd_per_hour, index, started_ns, metrics_file)
     except TransientStorageError as error:
         logger.error("%s", error)
-        return EXIT_RETRY
+        code = EXIT_RETRY
     except (JobError, StorageError) as error:
         logger.error("%s", error)
-        return EXIT_JOB
+        code = EXIT_JOB
+    log_event(logger, "exit", f"leaving with exit code {code}", exit_code=code)
+    return code
 
 
-def _run(job_uri: str, usd_per_hour: float | None, index: int | None, started_ns: int) -> int:
+def _run(
+    job_uri: str,
+    usd_per_hour: float | None,
+    index: int | None,
+    started_ns: int,
+    metrics_file: Path | None,
+) -> int:
     clock = SystemClock()
     storage = json.loads(os.environ.get(STORAGE, "{}"))
     folder = JobFolder(open_store(job_uri, storage), clock, attempts=ATTEMPTS)
@@ -107,6 +124,10 @@ def _run(job_uri: str, usd_per_hour: float | None, index: int | None, started_ns
         pace,
         _allowance(folder, clock, record, control, first, started_ns, pace) if limited else None,
     )
+    if metrics_file is not None:
+        supervisor.write_metrics(MetricsFile(metrics_file, spec.name or folder.uri))
+    figures = {"worker": first.worker, "uri": folder.uri, "usd_per_hour": first.usd_per_hour}
+    log_event(logger, "start", f"worker {first.worker} starts on {folder.uri}", **figures)
     _drain_on_signals(supervisor)
     if PARENT in os.environ:
         end_with_parent(int(os.environ.pop(PARENT)), signal.SIGTERM)

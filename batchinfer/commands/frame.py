@@ -11,6 +11,8 @@ from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
 
+from batchinfer.jobs.events import LogFormat, print_event
+
 P = ParamSpec("P")
 
 USAGE, INTERNAL, TRANSIENT, JOB = 2, 70, 75, 78
@@ -22,6 +24,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the spec, such as sampling.seed=1."),
+]
+
+
+LogOption = Annotated[
+    LogFormat,
+    typer.Option(
+        "--log-format",
+        envvar="BATCHINFER_LOG_FORMAT",
+        help="Lines for people, or one JSON object a line, on stderr.",
+    ),
 ]
 
 
@@ -57,7 +69,10 @@ def command(function: Callable[P, int | None]) -> Callable[P, NoReturn]:
             if os.environ.get("BATCHINFER_DEBUG") == "1":
                 raise
             code, message = explain(error)
-            say(f"batchinfer: {message}")
+            if kwargs.get("log_format") is LogFormat.JSON:
+                print_event("error", message=message, exit_code=code)
+            else:
+                say(f"batchinfer: {message}")
             if kwargs.get("as_json"):
                 emit({"error": message, "exit_code": code})
         sys.exit(code)
@@ -79,6 +94,6 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, EngineError):
         return INTERNAL, message
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, "interrupted; what is done is kept, submit again to go on"
+        return INTERRUPTED, "interrupted; what is done is kept: run it again to go on"
     kind = type(error).__name__
     return INTERNAL, f"internal error: {kind}: {message}; BATCHINFER_DEBUG=1 shows where it happened"
