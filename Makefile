@@ -16,13 +16,13 @@ CPU_TORCH ?= --torch-backend cpu
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test chaos image-test pins lint install clean
+.PHONY: demo test chaos image-test pins docs lint install clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
 # Two at a time, as many tests wait for processes; a file's tests share what is costly to make.
-test: lint
+test: lint docs
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile $(PYTEST)
 
 chaos: $(INSTALLED)
@@ -37,6 +37,10 @@ PINS = uv pip compile --quiet --upgrade --python-version 3.11 --no-annotate --no
 pins:
 	$(PINS) --extra engine $(CPU_TORCH) --output-file docker/requirements-cpu.txt
 	$(PINS) --extra gpu --output-file docker/requirements.txt
+
+# A warning, such as a link that leads nowhere, is an error. The site is in docs/build/.
+docs: $(INSTALLED)
+	$(BIN)/sphinx-build -W --keep-going -n -q -b html docs docs/build
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -59,4 +63,4 @@ $(INSTALLED): pyproject.toml Makefile
 	@touch $@
 
 clean:
-	rm -rf .venv .demo .image build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .demo .image build docs/build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

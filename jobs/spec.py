@@ -191,12 +191,14 @@ class ShardsSpec(Part):
 class WorkersSpec(Part):
     """Who does the work; may change between submits of one job."""
 
-    count: Positive = Field(default=1, description="workers to start")
+    count: Positive = Field(default=1, description="workers to start", examples=[8])
     backend: Literal["local", "slurm", "kubernetes", "aws_batch", "gcp_batch"] = Field(
         default="local", description="who starts them"
     )
-    gpus: StrictInt = Field(default=1, ge=0, description="of one worker; without any it runs on the CPU")
-    cpus: StrictFloat | None = Field(default=None, gt=0, description="of one worker")
+    gpus: StrictInt = Field(
+        default=1, ge=0, description="of one worker; without any it runs on the CPU", examples=[0]
+    )
+    cpus: StrictFloat | None = Field(default=None, gt=0, description="of one worker", examples=[8.0])
     memory: Bytes | None = Field(
         default=None,
         description="of one worker, such as 16GiB; local workers share out this machine's",

@@ -134,6 +134,7 @@ class GcpBatchOptions(ServiceOptions):
     secrets: dict[str, str] = Field(
         default_factory=dict,
         description="environment variables whose values are in Secret Manager, by resource name",
+        examples=[{"HF_TOKEN": "projects/my-project/secrets/hf/versions/1"}],
     )
 
 
