@@ -237,6 +237,15 @@ def test_a_disk_that_is_full_before_the_answers_are_there(
     assert str(small_disk) in last and "Traceback" not in ran.err
 
 
+@pytest.mark.parametrize("package", ["numpy", "torch", "tokenizers"])
+def test_an_engine_that_is_not_installed_is_named(package: str, folder: Path) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; from batchinfer.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, "plan", "job.yaml"], capture_output=True, text=True, check=False
+    )
+    said(Ran(done.returncode, done.stderr), 78, [f"the package {package}", "batchinfer-jobs[engine]"])
+
+
 @pytest.mark.parametrize(
     ("log", "sentence"),
     [

@@ -18,6 +18,8 @@ P = ParamSpec("P")
 USAGE, INTERNAL, TRANSIENT, JOB = 2, 70, 75, 78
 INTERRUPTED = 130
 
+_ENGINE_PACKAGES = frozenset({"numpy", "safetensors", "tokenizers", "torch", "transformers"})
+
 SpecFile = Annotated[str, typer.Argument(metavar="SPEC", help="The job spec: a YAML or JSON file.")]
 JobUri = Annotated[str, typer.Argument(metavar="JOB_URI", help="The job's address: its output.uri.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
@@ -82,6 +84,8 @@ def command(function: Callable[P, int | None]) -> Callable[P, NoReturn]:
 
 def explain(error: BaseException) -> tuple[int, str]:
     """The exit code of an error and the one sentence that people read."""
+    if isinstance(error, ModuleNotFoundError) and error.name in _ENGINE_PACKAGES:
+        return JOB, f"this needs the package {error.name}; install batchinfer-jobs[engine]"
     from batchinfer.connectors.types import StorageError, TransientStorageError
     from batchinfer.engine.types import EngineError, ModelError
     from batchinfer.jobs.types import JobError
