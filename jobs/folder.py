@@ -104,9 +104,8 @@ class JobFolder:
         jitter: random.Random | None = None,
         attempts: int = 6,
     ) -> None:
-        self.store: ObjectStore = RetryingStore(
-            store, clock or SystemClock(), jitter or random.Random(), attempts
-        )
+        self.clock: Clock = clock or SystemClock()
+        self.store: ObjectStore = RetryingStore(store, self.clock, jitter or random.Random(), attempts)
         self.uri = store.root
 
     def create(

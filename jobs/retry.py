@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from batchinfer.jobs.folder import JobFolder, ShardName, new_nonce
+from batchinfer.jobs.parallel import read_all
 from batchinfer.jobs.records import Failure, JobRecord
 from batchinfer.jobs.rounds import FailedRow, RoundPlan, cut_round, shards_of
 from batchinfer.jobs.types import JobError, Shard
@@ -27,7 +27,6 @@ PERMANENT = frozenset(
 )
 FEWEST_ROWS = 16
 SHARDS_PER_WORKER = 4
-_PARALLEL_READS = 16
 
 
 def round_names(number: int, shards: int) -> list[ShardName]:
@@ -89,12 +88,11 @@ def current_failures(folder: JobFolder) -> dict[int, tuple[ShardName, Failure]]:
         return [] if nonce is None else folder.read_failures(shard, nonce)
 
     current: dict[int, tuple[ShardName, Failure]] = {}
-    with ThreadPoolExecutor(_PARALLEL_READS) as pool:
-        for shard, failed in zip(parts, pool.map(failures, parts), strict=True):
-            if shard.round:
-                for row in rounds[shard.round].shards[shard.index]:
-                    current.pop(row.row_index, None)
-            current.update({failure.row_index: (shard, failure) for failure in failed})
+    for shard, failed in read_all(folder.clock, failures, parts).items():
+        if shard.round:
+            for row in rounds[shard.round].shards[shard.index]:
+                current.pop(row.row_index, None)
+        current.update({failure.row_index: (shard, failure) for failure in failed})
     return dict(sorted(current.items()))
 
 

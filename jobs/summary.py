@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from batchinfer.connectors.types import ObjectInfo
-from batchinfer.jobs.clock import Clock
 from batchinfer.jobs.cost import settle, summary
 from batchinfer.jobs.folder import JobFolder, ShardName
 from batchinfer.jobs.parallel import read_all
@@ -84,7 +83,6 @@ class SummaryWriter:
     def __init__(
         self,
         folder: JobFolder,
-        clock: Clock,
         worker: str,
         shards: Callable[[], Iterable[ShardName]],
         n: int,
@@ -93,7 +91,6 @@ class SummaryWriter:
         few: int,
     ) -> None:
         self._folder = folder
-        self._clock = clock
         self._worker = worker
         self._shards = shards
         self._n = n
@@ -122,7 +119,7 @@ class SummaryWriter:
         if len(fresh) <= self._few:
             return False
         sample = self._chance.sample(fresh, self._few)
-        records = read_all(self._clock, self._folder.read_worker, sample)
+        records = read_all(self._folder.clock, self._folder.read_worker, sample)
         return any(record.state in _AT_WORK for record in records.values())
 
     def _others_left(self, basis: Basis) -> bool:
@@ -130,7 +127,7 @@ class SummaryWriter:
         its summary before ours, which is without it."""
         listed = self._folder.list_workers()
         changed = [name for name, info in listed.items() if _version(info) != _known(basis, name)]
-        records = read_all(self._clock, self._folder.read_worker, changed)
+        records = read_all(self._folder.clock, self._folder.read_worker, changed)
         return any(record.state not in _AT_WORK for record in records.values())
 
     def _stored(self) -> Basis:
@@ -144,12 +141,12 @@ class SummaryWriter:
         # Heartbeats first: the parts of a worker that has left are there when its last one is.
         listed = self._folder.list_workers()
         changed = [name for name, info in listed.items() if _version(info) != _known(basis, name)]
-        records = read_all(self._clock, self._folder.read_worker, changed)
+        records = read_all(self._folder.clock, self._folder.read_worker, changed)
         parts = self._folder.committed()
         if not basis.parts <= parts.keys():
             basis = replace(basis, parts=frozenset(), footer=_NOTHING)  # somebody has removed parts
         footers = read_all(
-            self._clock,
+            self._folder.clock,
             lambda shard: self._folder.read_footer(shard, parts[shard].size),
             parts.keys() - basis.parts,
         )

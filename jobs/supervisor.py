@@ -106,7 +106,6 @@ class Supervisor:
         self._feeder = Feeder(folder, self.bench, self._claims, work, worker, patience)
         self._summary = SummaryWriter(
             folder,
-            clock,
             worker,
             lambda: self._feeder.shards,
             work.sampling.n,

@@ -18,15 +18,16 @@ import multiprocessing
 import random
 import traceback
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import simulated_budget
+import simulated_people
 from simulated_engine import SimEngine, crashing, rejected, stalling, unreadable, unrendered, words
-from simulated_retry import PlainStore, begin_round, check_rounds, heals
+from simulated_retry import PlainStore, check_rounds, heals
 from simulated_store import CALLS, FAULTS, FaultPlan, Faults, SimStore
 from simulated_world import SECOND, Broken, Process, SimClock, World
 
@@ -83,6 +84,8 @@ class Simulation:
         self.supervisors: dict[str, Supervisor] = {}
         self._failures_left = 2
         self.rounds = 0
+        self.retried: set[int] = set()
+        self.people = 0
         self.prices: dict[str, float] = {}
         if self.budget is not None:
             self.budget.begin(self.workers)
@@ -97,9 +100,10 @@ class Simulation:
             for name in names
         }
         self.first = list(self.job.values())
+        self.record = simulated_people.submit(self)
 
     def rejects(self, row: int) -> bool:
-        return rejected(row) and not (self.rounds and heals(row))
+        return rejected(row) and not (row in self.retried and heals(row))
 
     def expected_code(self, row: int) -> str:
         """What must become of a row."""
@@ -136,7 +140,7 @@ class Simulation:
         for _ in range(self.workers):
             self._start(chance.randrange(0, 40 * SECOND))
         drains, cancels = self.drains, self.cancels
-        while not self._all_done() or begin_round(self):
+        while not self._all_done() or simulated_people.retry(self, self.record):
             self.world.pause(chance.randrange(1, 30) * SECOND)
             running = [process for process in self.processes if process.ended_ns is None]
             if drains and running and chance.random() < 0.3:
@@ -145,17 +149,19 @@ class Simulation:
                 if victim.name in self.supervisors:
                     self.world.log(f"SIGTERM to {victim.name}")
                     self.supervisors[victim.name].drain()
-            if cancels and chance.random() < 0.1:
+            if cancels and chance.random() < 0.2:
                 cancels -= 1
-                self._control("cancel")
+                self.ask("cancel", lambda control: replace(control, state="cancel"))
                 while any(process.ended_ns is None for process in self.processes):
                     self.world.pause(5 * SECOND)
-                self._control("run")
+                self.ask("go on", lambda control: replace(control, state="run"))
+            if self.budget is not None and self.budget.to_add and chance.random() < 0.2:
+                self.budget.add(self)
             if self._stopped():
                 self.stops += 1
                 while any(process.ended_ns is None for process in self.processes):
                     self.world.pause(5 * SECOND)
-                self._control("run", {"max_share": 1.0, "after_rows": 1})
+                self.ask("go on", _without_limit)
             while self._running() < max(1, self.workers - self.surplus):
                 if self._all_done() or simulated_budget.is_used_up(self):
                     break
@@ -163,18 +169,15 @@ class Simulation:
         while any(process.ended_ns is None for process in self.processes):
             self.world.pause(10 * SECOND)
 
+    def ask(self, what: str, change: Callable[[Control], Control]) -> None:
+        simulated_people.ask(self, what, change)
+
     def _running(self) -> int:
         return len([1 for process in self.processes if process.ended_ns is None])
 
     def _stopped(self) -> bool:
         controls = [key for key in self.world.objects if key.startswith("_batchinfer/control/")]
         return bool(controls) and b'"stop"' in self.world.objects[max(controls)][0]
-
-    def _control(self, state: str, failures: Any = None) -> None:
-        number = len([key for key in self.world.objects if key.startswith("_batchinfer/control/")]) + 1
-        content = Control(state=state, failures=failures, nonce="harness").to_bytes()  # type: ignore[arg-type]
-        self.world.objects[f"_batchinfer/control/{number:04d}.json"] = (content, self.world.now_ns)
-        self.world.log(state)
 
     def _all_done(self) -> bool:
         return all(name.part in self.world.objects for name in self.job)
@@ -209,6 +212,7 @@ class Simulation:
             lambda number: round_shards(folder, self.first, number),
             limit=self.limit if self.poison else NO_LIMIT,  # without poison nothing disturbs
         )
+        allowance = simulated_budget.allowance(self, process, folder)
         record = WorkerRecord(
             worker=process.name,
             state="starting",
@@ -216,6 +220,7 @@ class Simulation:
             usd_per_hour=self.prices[process.name],
             bill=Bill(),
             started="",
+            bought=allowance is not None,
         )
         supervisor = Supervisor(
             folder,
@@ -231,7 +236,7 @@ class Simulation:
                 engine_restarts=3,
                 summary_shards=self.summary_shards,
             ),
-            simulated_budget.allowance(self, process, folder),
+            allowance,
         )
         self.supervisors[process.name] = supervisor
         code = supervisor.run()
@@ -388,9 +393,15 @@ class Simulation:
         self.summaries += 1
 
 
+def _without_limit(control: Control) -> Control:
+    return replace(control, state="run", failures={"max_share": 1.0, "after_rows": 1})
+
+
 def a_budget(chance: random.Random) -> simulated_budget.Budget:
     return simulated_budget.Budget(
-        chance.choice([30.0, 200.0, 1000.0, 5000.0]), chance.choice(["time", "usd", "both"])
+        chance.choice([30.0, 200.0, 1000.0, 5000.0]),
+        chance.choice(["time", "usd", "both"]),
+        late=chance.random() < 0.3,
     )
 
 
@@ -399,6 +410,7 @@ def from_seed(seed: int) -> Simulation:
     chance = random.Random(f"shape {seed}")
     # Every fault is aimed at every kind of call in turn; the shares add more of them anywhere.
     fault, call = FAULTS[seed % len(FAULTS)], CALLS[seed // len(FAULTS) % len(CALLS)]
+    by_people, stops = "of a person" in call, call in ("create control", "get failures")
     faults = Faults(
         kill=chance.choice([0.0, 0.01, 0.03, 0.08]),
         freeze=chance.choice([0.0, 0.01, 0.02]),
@@ -409,24 +421,27 @@ def from_seed(seed: int) -> Simulation:
         hang=chance.choice([0.0, 0.0, 0.05]),
         budget=chance.choice([3, 10, 40]),
         aimed=(fault, call),
-        aimed_skips=chance.choice([0, 0, 1, 4]),
+        aimed_skips=0 if by_people or stops else chance.choice([0, 0, 1, 4]),
     )
+    retries = 2 if "rounds" in call or by_people else chance.choice([0, 0, 1, 2])
     return Simulation(
         seed,
         faults,
         workers=chance.randint(2, 6),
-        shards=chance.randint(1, 5),
-        rows=chance.choice([1, 4, 4, 9, 9, 25]),
+        shards=chance.randint(3, 5) if by_people or stops else chance.randint(1, 5),
+        rows=9 if by_people or stops else chance.choice([1, 4, 4, 9, 9, 25]),
         n=chance.choice([1, 1, 2]),
-        limit=chance.choice([NO_LIMIT, NO_LIMIT, FailureLimit(0.1, 10)]),
+        limit=FailureLimit(0.1, 24 if call == "get failures" else 5)  # once there are parts, or at once
+        if stops
+        else chance.choice([NO_LIMIT, NO_LIMIT, FailureLimit(0.1, 10)]),
         drains=3 if "get progress" in call or "inflight" in call else chance.choice([0, 0, 1, 3]),
-        cancels=1 if "get control" in call else chance.choice([0, 0, 0, 1]),
-        retries=2 if "rounds" in call else chance.choice([0, 0, 1, 2]),
+        cancels=1 if "get control" in call or by_people else chance.choice([0, 0, retries]),
+        retries=retries,
         capacity=chance.choice([2, 8, 100]),
         read_ahead=chance.choice([1, 5, 100]),
-        poison=chance.random() < 0.4,
-        summary_shards=chance.choice([1, 2, 1024]),
+        poison=stops or chance.random() < 0.4,
         budget=a_budget(chance) if "budget" in call or chance.random() < 0.25 else None,
+        summary_shards=chance.choice([1, 2, 1024]),
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from simulated_retry import PlainStore
@@ -13,25 +14,51 @@ from simulated_world import SECOND, Broken, Process, SimClock, World
 from batchinfer.jobs.budget import Allowance, Cap, Slots, slot_ns
 from batchinfer.jobs.folder import JobFolder
 from batchinfer.jobs.records import Control
+from batchinfer.jobs.unbought import Unbought
 
 PRICE = 2.0
 HOUR = 3600 * SECOND
+SLOW = 300 * SECOND
+"""A worker that is started then has shown itself, however many of its calls fail."""
 
 
 @dataclass
 class Budget:
     """A cap of worker time, of USD or of both, in seconds of a worker at the job's price; it is raised
-    by ``raised`` of itself whenever nothing goes on any more."""
+    by ``raised`` of itself whenever nothing goes on any more. A ``late`` one is added to a job that began
+    without any."""
 
     seconds: float
     kind: str
     raised: float = 1.0
+    late: bool = False
+    workers: int = 1
+    added_ns: int = 0
     caps: list[Cap] = field(default_factory=list)
     slot: int = 0
 
     def begin(self, workers: int) -> None:
+        self.workers = workers
+        if not self.late:
+            self._add()
+
+    def _add(self) -> None:
         self.caps = [self._cap()]
-        self.slot = slot_ns(self.caps[0], PRICE, workers)
+        self.slot = slot_ns(self.caps[0], PRICE, self.workers)
+
+    def add(self, simulation: Job) -> None:
+        """Add it to a job that goes on."""
+        cap = self._cap()
+        hours = None if cap.nanoseconds is None else cap.nanoseconds / HOUR
+        simulation.ask(
+            "a budget", lambda control: replace(control, max_usd=cap.usd, max_worker_hours=hours)
+        )
+        self.added_ns = simulation.world.now_ns
+        self._add()
+
+    @property
+    def to_add(self) -> bool:
+        return self.late and not self.caps
 
     def raise_cap(self, world: World, number: int) -> None:
         self.seconds += max(self.raised * self.seconds, 2 * self.slot / SECOND)
@@ -55,11 +82,13 @@ class Job(Protocol):
     budget: Budget | None
     prices: dict[str, float]
 
+    def ask(self, what: str, change: Callable[[Control], Control]) -> None: ...
+
 
 def allowance(simulation: Job, process: Process, folder: JobFolder) -> Allowance | None:
     """What a worker of the simulation may spend."""
     budget, world = simulation.budget, simulation.world
-    if budget is None:
+    if budget is None or not budget.caps:
         return None
 
     def cap() -> Cap:
@@ -73,17 +102,20 @@ def allowance(simulation: Job, process: Process, folder: JobFolder) -> Allowance
             process.exit_code = code
             world.kill(process)
 
-    slots = Slots(folder, budget.slot, PRICE, random.Random(world.chance.random()))
     clock, price = SimClock(world, process), simulation.prices[process.name]
+    unbought = Unbought(folder, clock, 60.0) if budget.late else None
+    slots = Slots(folder, budget.slot, PRICE, random.Random(world.chance.random()), unbought)
     return Allowance(slots, clock, process.name, price, process.started_ns, cap, leave)
 
 
 def is_used_up(simulation: Job) -> bool:
     """Whether no worker can begin. Once none is left either, the cap is raised."""
     budget, world = simulation.budget, simulation.world
-    if budget is None:
+    if budget is None or not budget.caps:
         return False
-    slots = Slots(JobFolder(PlainStore(world)), budget.slot, PRICE, random.Random(0))
+    folder = JobFolder(PlainStore(world))
+    unbought = Unbought(folder, folder.clock, 60.0) if budget.late else None
+    slots = Slots(folder, budget.slot, PRICE, random.Random(0), unbought)
     if slots.affordable(budget.caps[-1]):
         return False
     if any(process.ended_ns is None for process in simulation.processes):
@@ -97,7 +129,7 @@ def is_used_up(simulation: Job) -> bool:
 def check_budget(simulation: Job) -> None:
     """No life is longer than what was bought for it, and what was bought is within the cap."""
     budget, world = simulation.budget, simulation.world
-    if budget is None:
+    if budget is None or not budget.caps:
         return
     prices = simulation.prices
     slot_usd = budget.slot * PRICE / HOUR
@@ -120,24 +152,31 @@ def check_budget(simulation: Job) -> None:
         raise Broken(f"{spent_ns} ns are bought of {cap.nanoseconds}")
     if cap.usd is not None and spent_usd > cap.usd + 1e-12:
         raise Broken(f"${spent_usd} are bought of ${cap.usd}")
-    bills = {record.worker: record.bill.total for record, _ in _records(world)}
+    records = [record for record, _ in JobFolder(PlainStore(world)).read_workers()]
+    bills = {record.worker: record.bill.total for record in records}
+    unbought = {record.worker for record in records if not record.bought}
     for process in simulation.processes:
         assert process.ended_ns is not None
         bought = lives.get(process.name, 0)
         # A process that is frozen when its time is up ends as soon as it thaws.
         until = max(process.started_ns + bought, process.frozen_until)
         # One that could not pay for a beginning left at once, without a heartbeat or a bill.
+        if process.name in unbought:
+            continue
         if process.name in bills and process.ended_ns > until:
             raise Broken(f"{process.name} lived {process.ended_ns - until} ns longer than it had bought")
         if bills.get(process.name, 0) > bought:
             raise Broken(f"{process.name} billed more than it had bought")
+    for process in simulation.processes:
+        # One that shows itself when others have counted already, or is silent for longer than a lease,
+        # leaves as soon as it sees the budget; what it takes until then may be beyond the cap.
+        if process.name in unbought and (
+            process.frozen_until or process.started_ns > budget.added_ns - SLOW
+        ):
+            del bills[process.name]
     total = sum(bills.values())
     if cap.nanoseconds is not None and total > cap.nanoseconds:
         raise Broken(f"the bill is {total} ns, the cap {cap.nanoseconds}")
     billed_usd = sum(bill * prices[worker] / HOUR for worker, bill in bills.items())
     if cap.usd is not None and billed_usd > cap.usd:
         raise Broken(f"the bill is ${billed_usd}, the cap ${cap.usd}")
-
-
-def _records(world: World):  # type: ignore[no-untyped-def]
-    return JobFolder(PlainStore(world)).read_workers()

@@ -24,7 +24,15 @@ CALLS = (
     *("put workers", "head workers", "list workers", "get workers"),
     *("list control", "get control", "put summary.json", "get summary.json", "read input"),
     *("list rounds", "get rounds", "list budget", "create budget", "get budget"),
+    *("create control", "get failures"),  # by a worker: the job stops itself
+    *("list control of a person", "get control of a person", "create control of a person"),
+    *("list rounds of a person", "get rounds of a person", "create rounds of a person"),
+    *("list part of a person", "head part of a person", "get part of a person"),
+    *("get failures of a person", "get plan of a person"),
 )
+
+
+_UPLOADS = ("create part", "create progress", "create inflight", "put failures")
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,9 @@ class SimStore:
         if world.current.holding:
             raise Broken(f"{world.current.name} waits for storage while it holds the bench")
         world.operations += 1
-        fault, delay = self._faults.decide(kind, key, world.operations)
+        person = process.name.startswith("person")
+        call = f"{kind} {kind_of(key)}" + (" of a person" if person else "")
+        fault, delay = self._faults.decide(call, world.operations)
         world.pause(delay // 2)
         if fault == "freeze":
             process.frozen_until = world.now_ns + world.chance.randrange(70, 300) * SECOND
@@ -191,17 +201,15 @@ class FaultPlan:
         self._aimed_calls = 0
         self.seen: set[tuple[str, str]] = set()
 
-    def decide(self, kind: str, key: str, number: int) -> tuple[str, int]:
+    def decide(self, call: str, number: int) -> tuple[str, int]:
         """The fault ("" for none) and the nanoseconds that the call takes."""
         chance, faults = self._world.chance, self._faults
         delay = chance.randrange(5_000_000, 300_000_000)
-        upload = kind in ("create", "put") and kind_of(key) in ("part", "progress", "inflight", "failures")
-        if upload and chance.random() < faults.slow:
+        if call in _UPLOADS and chance.random() < faults.slow:
             delay = chance.randrange(20, 150) * SECOND
         if faults.struck_at is not None:
             at, fault = faults.struck_at
             return fault if number == at else "", delay
-        call = f"{kind} {kind_of(key)}"
         if faults.aimed is not None and call == faults.aimed[1]:
             self._aimed_calls += 1
             if self._aimed_calls == faults.aimed_skips + 1:
@@ -229,5 +237,7 @@ def kind_of(key: str) -> str:
     """The sort of object that a key names."""
     if key.startswith("part-"):
         return "part"
+    if key.startswith("_batchinfer/plan-"):
+        return "plan"
     name = "input" if key.startswith("input-") else key.removeprefix("_batchinfer/").partition("/")[0]
     return "inflight" if key.endswith(".inflight.arrow") else name

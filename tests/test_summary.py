@@ -12,7 +12,6 @@ import pytest
 
 from batchinfer.connectors.storage import open_store
 from batchinfer.engine.types import Completion, SamplingParams
-from batchinfer.jobs.clock import SystemClock
 from batchinfer.jobs.columns import output_schema
 from batchinfer.jobs.commit import commit
 from batchinfer.jobs.cost import settle
@@ -77,7 +76,7 @@ class Job:
         self.folder.write_worker(record)
 
     def writer(self, worker: str, every: int = 1024, few: int = 32) -> SummaryWriter:
-        return SummaryWriter(self.folder, SystemClock(), worker, lambda: self.names, 1, 60.0, every, few)
+        return SummaryWriter(self.folder, worker, lambda: self.names, 1, 60.0, every, few)
 
     def check(self, committed: int) -> None:
         """The summary holds all that is in the folder."""
