@@ -15,7 +15,7 @@ import torch
 
 from batchinfer.engine.batch import to_device
 from batchinfer.engine.types import NewRow, SamplingParams
-from batchinfer.kernels.ops import Operators
+from batchinfer.kernels.ops import FilterOperator, Operators
 
 # Below this a distribution is one token for any logits that differ, and divisions would overflow.
 _GREEDY_BELOW = 1e-5
@@ -189,6 +189,16 @@ class Sampler:
         tried first and more of them where all would stay: what is masked is the same.
         """
         places = np.flatnonzero(self._filtered[rows])
+        if isinstance(self._ops, FilterOperator):
+            chosen = rows[places]
+            temperature, top_p, min_p = (
+                to_device(self._floats[name][chosen], self._device)
+                for name in ("temperature", "top_p", "min_p")
+            )
+            top_k = to_device(self._top_k[chosen], self._device)
+            index = to_device(places.astype(np.int64), self._device)
+            self._ops.filter(logits, index, temperature, top_k, top_p, min_p)
+            return
         width = self._vocab_size if self._device.type == "cuda" else min(_CANDIDATES, self._vocab_size)
         while len(places):
             done = self._filter_among(logits, places, rows[places], width)

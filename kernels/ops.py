@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -97,6 +97,14 @@ class Operators(Protocol):
         """``x`` [T, in] times the weight's transpose, plus its bias: [T, out], x's dtype."""
         ...
 
+    def gated_linear(self, x: torch.Tensor, weight: PackedLinear, kind: str) -> torch.Tensor:
+        """``gated_activation`` of ``linear``: [T, in] -> [T, out / 2]; may round less between the two."""
+        ...
+
+    def logits(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
+        """``linear`` [n, in] -> fp32 [n, out]; may leave out the rounding to x's dtype."""
+        ...
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 inside: x's shape."""
         ...
@@ -165,6 +173,29 @@ class Operators(Protocol):
         u = ((word >> 8) + 0.5) / 2**24, so that all implementations draw the same bits. That u has 25
         significant bits: in fp32 the half is lost above 2**23 and u may round to 1, so take the inner
         logarithm in fp64, or of 1 - u by log1p.
+        """
+        ...
+
+
+@runtime_checkable
+class FilterOperator(Protocol):
+    """Operators that also filter logits, where that pays: without sorting and without the host."""
+
+    def filter(
+        self,
+        logits: torch.Tensor,
+        places: torch.Tensor,
+        temperature: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        min_p: torch.Tensor,
+    ) -> None:
+        """Set to -inf, in place, what the rows ``places`` (int64 [m]) of ``logits`` fp32 [n, V] lose.
+
+        A row's scores are its logits over ``temperature`` (fp32 [m], above 0). Its ``top_k`` (int64 [m],
+        V keeps all) best stay, and their equals; of those a token stays while the chances of all better
+        ones have not reached ``top_p`` (fp32 [m], 1 keeps all), and while its own is at least ``min_p``
+        (fp32 [m]) times the best one's.
         """
         ...
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batchinfer.engine.engine import Engine
+from batchinfer.engine.types import SamplingParams
 from batchinfer.kernels.fp8 import MOST, FP8Linear, pack_fp8, quantize_rows
 from batchinfer.kernels.reference import ReferenceOperators
 
@@ -59,3 +64,26 @@ def test_a_product_is_that_of_the_rounded_rows(dtype: torch.dtype, biased: bool)
 def test_another_quantization_is_named() -> None:
     with pytest.raises(ValueError, match="int4"):
         OPS.pack_linear(torch.ones(2, 2), None, "int4")
+
+
+def test_an_engine_quantizes_what_it_loads(tmp_path: Path) -> None:
+    """Its log-probabilities move a little, and by no more than that."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 320,
+        "max_position_embeddings": 64,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = {"load_format": "dummy", "device": "cpu", "dtype": "fp32", "kv_bytes": 1 << 20}
+    sampling = SamplingParams(max_tokens=1, ignore_eos=True, prompt_logprobs=0)
+    found = []
+    for quantize in (None, "fp8"):
+        with Engine(str(tmp_path), operators="reference", quantize=quantize, **settings) as engine:
+            (completion,) = engine.generate("some bytes", sampling)
+        found.append(torch.tensor([entry.logprob for entry in completion.prompt_logprobs[1:]]))
+    difference = (found[0] - found[1]).abs().max()
+    assert 0.0 < difference < 0.05

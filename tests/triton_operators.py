@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from batchinfer.kernels.fp8 import quantize_rows
 from batchinfer.kernels.ops import AttentionBatch, KVSpec
 from batchinfer.kernels.reference import ReferenceKVCache, ReferenceOperators, gumbel_noise
-from batchinfer.kernels.triton.operators import TritonKVCache, TritonOperators, load
+from batchinfer.kernels.triton.cache import TritonKVCache
+from batchinfer.kernels.triton.operators import TritonOperators, load
 from batchinfer.kernels.triton.sharing import find_shared
 from batchinfer.kernels.triton.tiles import BLOCK, SPLIT
 
@@ -489,6 +490,47 @@ def test_the_noise_decides_between_logits_that_cancel_it() -> None:
     got = OPS.sample(logits, temperature, keys, positions)
     assert torch.equal(got, REFERENCE.sample(logits, temperature, keys, positions))
     assert len({bool(token < 2500) for token in got}) == 2
+
+
+def filtered(
+    logits: torch.Tensor, k: int, p: float, least: float, heat: float
+) -> tuple[set[int], set[int]]:
+    """What must stay of one row and what may, by sorting in fp64; equals stand or fall together."""
+    scores = logits.double() / heat
+    kept = scores >= scores.sort(descending=True).values[k - 1]
+    chances = scores.masked_fill(~kept, -torch.inf).softmax(0)
+    better = torch.stack([chances[scores > score].sum() for score in scores])
+    finite = logits.isfinite()
+    sets = []
+    for slack in (-1e-5, 1e-5):
+        stays = kept & finite & (chances >= (least - slack * least) * chances.max())
+        sets.append(set((stays & ((better < p + slack) | (p >= 1.0))).nonzero().flatten().tolist()))
+    return sets[0], sets[1]
+
+
+def test_filters_leave_what_sorting_would() -> None:
+    rng = torch.Generator().manual_seed(0)
+    rows, vocabulary = 9, 900
+    logits = (random(rng, rows + 1, vocabulary) * 3).round(decimals=1).to(DEVICE)
+    logits[:, 5::7] = -torch.inf
+    logits[4] = 2.0
+    before = logits.clone()
+    places = torch.tensor([0, 1, 2, 3, 4, 5, 6, 8, 9], device=DEVICE)
+    heat = torch.tensor([1.0, 0.5, 2.0, 1.0, 1.0, 0.1, 1.0, 5.0, 1.0], device=DEVICE)
+    top_k = torch.tensor([vocabulary, 5, vocabulary, 40, 3, 1, vocabulary, 700, vocabulary], device=DEVICE)
+    top_p = torch.tensor([0.9, 1.0, 1.0, 0.5, 0.3, 1.0, 1e-6, 0.95, 1.0], device=DEVICE)
+    min_p = torch.tensor([0.0, 0.0, 0.1, 0.05, 0.0, 0.0, 0.0, 0.01, 0.0], device=DEVICE)
+    OPS.filter(logits, places, heat, top_k, top_p, min_p)
+    assert torch.equal(logits[7], before[7])
+    assert torch.equal(logits[9], before[9])
+    for i, place in enumerate(places.tolist()):
+        kept = set(logits[place].isfinite().nonzero().flatten().tolist())
+        assert torch.equal(logits[place][list(kept)], before[place][list(kept)])
+        must, may = filtered(
+            before[place].cpu(), int(top_k[i]), float(top_p[i]), float(min_p[i]), float(heat[i])
+        )
+        assert must <= kept <= may, (place, len(must), len(kept), len(may))
+    assert len(set(logits[6].isfinite().nonzero().flatten().tolist())) >= 1
 
 
 @pytest.mark.parametrize("size", [16, 100, 576])

@@ -12,7 +12,7 @@ import triton.language as tl
 from batchinfer.kernels.triton.fold import first_seen, fold_keys, split_tokens, store_rows
 
 
-@triton.jit(do_not_specialize=["sequences", "window"])
+@triton.jit(do_not_specialize=["table_stride", "sequences", "window"])
 def prefill_kernel(
     q,  # [T, Hq, D]
     out,  # [T, Hq * D]
@@ -149,7 +149,7 @@ def prefill_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["sequences", "window", "splits"])
+@triton.jit(do_not_specialize=["table_stride", "sequences", "window", "splits"])
 def decode_kernel(
     q,
     out,
@@ -259,7 +259,7 @@ def decode_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["sequences", "window", "splits"])
+@triton.jit(do_not_specialize=["table_stride", "sequences", "window", "splits"])
 def shared_kernel(
     q,
     out,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,22 +16,14 @@ from batchinfer.kernels.ops import (
     KVSpec,
     PackedLinear,
 )
-from batchinfer.kernels.triton.attention import decode_kernel, prefill_kernel, reduce_kernel, shared_kernel
+from batchinfer.kernels.triton.attend import attend
+from batchinfer.kernels.triton.cache import TritonKVCache
+from batchinfer.kernels.triton.filter import filter_kernel
 from batchinfer.kernels.triton.rotary import rotary_kernel
 from batchinfer.kernels.triton.rows import activation_kernel, norm_kernel, quantize_kernel
 from batchinfer.kernels.triton.sample import bound_kernel, choose_kernel
 from batchinfer.kernels.triton.sharing import SharedSplits, find_shared
-from batchinfer.kernels.triton.tiles import (
-    BLOCK,
-    SPLIT,
-    AttentionTile,
-    decode_tile,
-    num_splits,
-    power_of_two,
-    prefill_tile,
-    row_warps,
-    shared_tile,
-)
+from batchinfer.kernels.triton.tiles import BLOCK, SPLIT, num_splits, power_of_two, row_warps
 
 _FP8 = torch.float8_e4m3fn
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,23 +33,6 @@ STRETCH = 2048
 
 # fp8 products and conversions came with Ada.
 _FIRST_WITH_FP8 = (8, 9)
-
-
-@dataclass(frozen=True, slots=True)
-class TritonKVCache:
-    """Keys and values, each [num_layers, num_blocks, Hkv, BLOCK, D].
-
-    An fp8 cache keeps beside each head of a token the largest magnitude of its key and of its value,
-    fp32 [num_layers, num_blocks, Hkv, BLOCK]: the stored number 448 stands for it.
-    """
-
-    spec: KVSpec
-    block_size: int
-    num_blocks: int
-    keys: torch.Tensor
-    values: torch.Tensor
-    key_scales: torch.Tensor | None
-    value_scales: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,93 +211,7 @@ class TritonOperators:
     ) -> torch.Tensor:
         """[T, Hq, D] -> [T, Hq * D]; blocks that decodes share are read once for all of them."""
         assert isinstance(kv, TritonKVCache)
-        tokens, heads, size = q.shape
-        spec, sequences = kv.spec, len(batch.context_lens)
-        q = q.contiguous()
-        out = torch.empty(tokens, heads * size, dtype=q.dtype, device=q.device)
-        group = heads // spec.num_kv_heads
-        shape = (size, group, q.dtype, spec.dtype, self._capability)
-        cache = _cache_arguments(kv, layer)
-        # The largest magnitude stands for 448 in an fp8 cache.
-        unit = 1.0 if kv.key_scales is None else 1.0 / 448.0
-        numbers = {"scale": scale * unit, "soft_cap": soft_cap, "window": window, "value_scale": unit}
-        constants = {
-            "HEADS": heads,
-            "KV_HEADS": spec.num_kv_heads,
-            "D": size,
-            "DP": power_of_two(size),
-            "BLOCK": BLOCK,
-            "WINDOW": window > 0,
-            "CAP": soft_cap > 0.0,
-            "FP8": kv.key_scales is not None,
-            "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-        }
-        where = {
-            "query_starts": batch.query_starts,
-            "context_lens": batch.context_lens,
-            "block_tables": batch.block_tables,
-            "table_stride": batch.block_tables.stride(0),
-            "sequences": sequences,
-        }
-        if batch.max_query > 1:
-            tile = prefill_tile(*shape)
-            grid = (tokens // (tile.rows // group) + sequences, spec.num_kv_heads)
-            prefill_kernel[grid](
-                q=q, out=out, **cache, **where, **numbers, **constants, **_tile_arguments(tile)
-            )
-        if batch.max_query > 1 and sequences == 1:
-            return out
-        splits = num_splits(batch.max_context)
-        partial = torch.empty(
-            (sequences, heads, splits, size) if splits > 1 else (1,), dtype=torch.float32, device=q.device
-        )
-        scores = torch.empty(
-            (sequences, heads, splits) if splits > 1 else (1,), dtype=torch.float32, device=q.device
-        )
-        results = {"q": q, "out": out, "partial": partial, "partial_scores": scores, "splits": splits}
-        found = self._shared_splits(batch, shape, layer)
-        tile = decode_tile(*shape)
-        decode_kernel[(sequences, spec.num_kv_heads, splits)](
-            **results,
-            **cache,
-            **where,
-            **numbers,
-            **constants,
-            shared=batch.context_lens if found is None else found.shared,
-            SHARED=found is not None,
-            **_tile_arguments(tile),
-        )
-        if found is not None:
-            tile = shared_tile(*shape)
-            programs = -(-sequences // (tile.rows // group))
-            shared_kernel[(programs, spec.num_kv_heads, splits)](
-                **results,
-                **cache,
-                **where,
-                **numbers,
-                **constants,
-                members=found.members,
-                piece_starts=found.piece_starts,
-                piece_sizes=found.piece_sizes,
-                num_pieces=found.num_pieces,
-                **_tile_arguments(tile),
-            )
-        if splits > 1:
-            reduce_kernel[(sequences, heads)](
-                out,
-                partial,
-                scores,
-                batch.query_starts,
-                batch.context_lens,
-                splits,
-                window,
-                HEADS=heads,
-                D=size,
-                DP=power_of_two(size),
-                WINDOW=window > 0,
-                num_warps=1 if size <= 64 else 2,
-            )
-        return out
+        return attend(q, kv, layer, batch, scale, window, soft_cap, self._capability, self._shared_splits)
 
     def gated_activation(self, gate_up: torch.Tensor, kind: str) -> torch.Tensor:
         """[T, 2 * I] -> [T, I]. Raises ValueError for an activation that is neither silu nor gelu_tanh."""
@@ -393,6 +281,30 @@ class TritonOperators:
         )
         return tokens
 
+    def filter(
+        self,
+        logits: torch.Tensor,
+        places: torch.Tensor,
+        temperature: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        min_p: torch.Tensor,
+    ) -> None:
+        """Mask the logits at ``places`` in place; see ``FilterOperator``."""
+        if len(places):
+            filter_kernel[(len(places),)](
+                logits,
+                places,
+                temperature,
+                top_k,
+                top_p,
+                min_p,
+                logits.stride(0),
+                logits.shape[1],
+                WIDTH=4096,
+                num_warps=16,
+            )
+
     def _norm(
         self,
         x: torch.Tensor,
@@ -456,33 +368,16 @@ class TritonOperators:
             )
         return rows
 
-    def _shared_splits(
-        self, batch: AttentionBatch, shape: tuple[Any, ...], layer: int
-    ) -> SharedSplits | None:
-        """What the decodes of ``batch`` share; None where nothing can be.
+    def _shared_splits(self, batch: AttentionBatch, layer: int, most: int) -> SharedSplits | None:
+        """What the decodes of ``batch`` share, in pieces of ``most``; None where nothing can be.
 
         Found again for every first layer: a recorded step keeps its batch and changes what is in it.
         """
         if len(batch.context_lens) < 2 or batch.max_context <= SPLIT:
             return None
-        most = shared_tile(*shape).rows // shape[1]
         if layer == 0 or self._found is None or self._found[0] is not batch or self._found[1] != most:
             self._found = (batch, most, find_shared(batch, num_splits(batch.max_context), most))
         return self._found[2]
-
-
-def _cache_arguments(kv: TritonKVCache, layer: int) -> dict[str, torch.Tensor]:
-    keys, values = kv.keys[layer], kv.values[layer]
-    return {
-        "keys": keys,
-        "values": values,
-        "key_scales": keys if kv.key_scales is None else kv.key_scales[layer],
-        "value_scales": values if kv.value_scales is None else kv.value_scales[layer],
-    }
-
-
-def _tile_arguments(tile: AttentionTile) -> dict[str, int]:
-    return {"M": tile.rows, "N": tile.keys, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def load() -> TritonOperators:
@@ -500,4 +395,5 @@ def load() -> TritonOperators:
             "the triton operators need a GPU of compute capability 8.0 or higher, "
             f"and this one has {capability[0]}.{capability[1]}."
         )
-    return TritonOperators(capability)
+    # Blackwell's small ones have as little shared memory as Ada.
+    return TritonOperators(min(capability, (9, 0)) if capability < (12, 0) else (8, 9))

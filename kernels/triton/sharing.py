@@ -49,7 +49,7 @@ def _last_block(sequence, split, sequences, query_starts, context_lens, block_ta
     return tl.load(block_tables + at, mask=covered, other=-1), blocks
 
 
-@triton.jit(do_not_specialize=["sequences"])
+@triton.jit(do_not_specialize=["table_stride", "sequences"])
 def leaders_kernel(
     leaders,  # int32 [splits, S]
     query_starts,

@@ -39,21 +39,21 @@ def num_splits(max_context: int) -> int:
 
 
 def prefill_tile(
-    head_size: int, group: int, dtype: torch.dtype, kv_dtype: torch.dtype, capability: tuple[int, int]
+    head_size: int, group: int, dtype: torch.dtype, capability: tuple[int, int]
 ) -> AttentionTile:
     """For sequences with several queries in the step, where products limit."""
     wide = power_of_two(head_size) > 128
     if dtype == torch.float32:
-        return AttentionTile(max(32, power_of_two(group)), 32, 4, 1)
+        return AttentionTile(max(32, power_of_two(group)), 32, 8 if wide else 4, 1)
     if capability < (9, 0):
         rows = max(64, power_of_two(group))
-        return AttentionTile(rows, 32 if wide else 64, 4, 2)
+        return AttentionTile(rows, 32 if wide else 64, 8 if wide else 4, 2)
     rows = max(64 if wide else 128, power_of_two(group))
-    return AttentionTile(rows, 64, 8 if rows >= 128 else 4, 2)
+    return AttentionTile(rows, 64, 8, 2)
 
 
 def decode_tile(
-    head_size: int, group: int, dtype: torch.dtype, kv_dtype: torch.dtype, capability: tuple[int, int]
+    head_size: int, group: int, dtype: torch.dtype, capability: tuple[int, int]
 ) -> AttentionTile:
     """For one query a sequence, where reading the cache limits: deep pipelines of narrow tiles."""
     wide = power_of_two(head_size) > 128
@@ -66,16 +66,15 @@ def decode_tile(
 
 
 def shared_tile(
-    head_size: int, group: int, dtype: torch.dtype, kv_dtype: torch.dtype, capability: tuple[int, int]
+    head_size: int, group: int, dtype: torch.dtype, capability: tuple[int, int]
 ) -> AttentionTile:
     """For one query each of several sequences that read the same blocks."""
     wide = power_of_two(head_size) > 128
-    rows = max(64, power_of_two(group))
+    warps = 8 if wide else 4
     if dtype == torch.float32:
-        return AttentionTile(rows, 32, 4, 1)
-    if capability < (9, 0):
-        return AttentionTile(rows, 32 if wide else 64, 4, 2)
-    return AttentionTile(rows, 64, 4, 2)
+        return AttentionTile(max(32, power_of_two(group)), 32, warps, 1)
+    rows = max(64, power_of_two(group))
+    return AttentionTile(rows, 32 if wide and capability < (9, 0) else 64, warps, 2)
 
 
 def row_warps(width: int) -> int:

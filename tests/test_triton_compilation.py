@@ -1,0 +1,83 @@
+"""The Triton kernels compile ahead of time, without a GPU, and fit into every target's shared memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytest.importorskip("triton")
+
+FOLDER = Path(__file__).parent.parent / "benchmarks" / "gpu"
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import compile_kernels
+    finally:
+        sys.path.remove(str(FOLDER))
+    return compile_kernels
+
+
+def check(rows: Sequence[object]) -> None:
+    assert rows
+    for row in rows:
+        assert row.shared_bytes <= row.limit_bytes, row
+        if row.kernel in ("prefill", "decode", "shared") and "fp32" not in row.shape:
+            assert "mma" in row.instructions, row
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90"])
+def test_a_model_in_bf16(tool: ModuleType, target: str) -> None:
+    rows = tool.compile_shape("Qwen3-0.6B", target)
+    check(rows)
+    names = {row.kernel for row in rows}
+    assert names == {
+        "norm",
+        "rotary",
+        "leaders",
+        "pieces",
+        "prefill",
+        "decode",
+        "shared",
+        "reduce",
+        "activation",
+        "bound",
+        "filter",
+        "choose",
+    }
+    if target == "sm_90":
+        assert any("wgmma" in row.instructions for row in rows if row.kernel == "prefill")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90"])
+def test_every_shape(tool: ModuleType, target: str) -> None:
+    for name in tool.SHAPES:
+        rows = tool.compile_shape(name, target)
+        if rows or target != "sm_80":
+            check(rows)
+
+
+def test_a_kernel_too_large_fails_the_command(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = tool.Compiled("a", "sm_89", "decode", "M=16", 4, 102_400, 101_376, 64, 0, "")
+    monkeypatch.setattr(tool, "compile_shape", lambda name, target: [row])
+    assert tool.main(["--shapes", "Qwen3-8B", "--targets", "sm_89"]) == 1
+    said = capsys.readouterr()
+    assert "| decode | M=16 | 4 | 102,400 |" in said.out
+    assert said.err.strip() == ("decode of a takes 102,400 bytes of shared memory, but sm_89 has 101,376.")
+
+
+def test_the_command_prints_its_options() -> None:
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "compile_kernels.py"), "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "--targets" in done.stdout
