@@ -11,12 +11,14 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
+from rich.table import Table
 from rich.text import Text
 
 from batchinfer.jobs.backends.local import LocalWorkers
+from batchinfer.jobs.events import LogFormat, print_event
 from batchinfer.jobs.job import Job
 from batchinfer.jobs.status import JobStatus
-from batchinfer.jobs.view import status_line, status_lines
+from batchinfer.jobs.view import progress_figures, status_fields, status_line
 
 REFRESH_SECONDS = 2.0
 LINE_SECONDS = 10.0
@@ -24,24 +26,32 @@ _WAKE_SECONDS = 0.1
 _LOGGED = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+ (?=\S)")
 
 
-def follow(job: Job, workers: LocalWorkers | None = None) -> JobStatus:
+def follow(job: Job, workers: LocalWorkers | None = None, form: LogFormat = LogFormat.TEXT) -> JobStatus:
     """Show where the job stands, on stderr, until it is over; returns the last status.
 
     With ``workers`` it is over when they have ended: what became of them says more than their
     heartbeats do.
     """
     running = workers.running if workers is not None and workers.processes else None
-    if sys.stderr.isatty():
-        with Live(console=Console(stderr=True), auto_refresh=False) as live:
-
-            def show(status: JobStatus) -> None:
-                live.update(Text("\n".join(status_lines(status))), refresh=True)
-
-            status = _until_over(job, running, show)
+    console = Console(stderr=True)
+    if form is LogFormat.TEXT and sys.stderr.isatty() and not console.is_dumb_terminal:
+        with Live(console=console, auto_refresh=False) as live:
+            status = _until_over(job, running, lambda status: live.update(_table(status), refresh=True))
     else:
-        status = _until_over(job, running, _Lines().show)
-        print(status_line(status), file=sys.stderr, flush=True)
+        news = _News(form)
+        status = _until_over(job, running, news.show)
+        news.show(status, at_once=True)
     return status if workers is None else _with_last_words(status, workers)
+
+
+def _table(status: JobStatus) -> Table:
+    """The status as two columns, of which the second wraps in a narrow window."""
+    table = Table.grid(padding=(0, 1))
+    table.add_column(no_wrap=True, min_width=12)
+    table.add_column(overflow="fold")
+    for name, text in status_fields(status):
+        table.add_row(Text(name), Text(text))
+    return table
 
 
 def _with_last_words(status: JobStatus, workers: LocalWorkers) -> JobStatus:
@@ -67,18 +77,24 @@ def _last_sentence(log: Path) -> str:
     return last[begin.end() :] if begin else ""
 
 
-class _Lines:
+class _News:
     """Prints a status as a line when it is news, and not too often."""
 
-    def __init__(self) -> None:
+    def __init__(self, form: LogFormat) -> None:
+        self._form = form
         self._last = ""
         self._at = float("-inf")
 
-    def show(self, status: JobStatus) -> None:
+    def show(self, status: JobStatus, at_once: bool = False) -> None:
+        """Print it, unless the same was printed last, or anything in the last ``LINE_SECONDS``."""
         line = status_line(status)
-        if line != self._last and time.monotonic() - self._at >= LINE_SECONDS:
+        if line == self._last or (time.monotonic() - self._at < LINE_SECONDS and not at_once):
+            return
+        if self._form is LogFormat.JSON:
+            print_event("progress", **progress_figures(status))
+        else:
             print(line, file=sys.stderr, flush=True)
-            self._last, self._at = line, time.monotonic()
+        self._last, self._at = line, time.monotonic()
 
 
 def _until_over(

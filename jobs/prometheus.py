@@ -31,7 +31,8 @@ class Metric:
 
 
 class MetricsFile:
-    """The file at ``path``, rewritten whole for each heartbeat of the worker of a job.
+    """The file at ``path``, rewritten whole for each heartbeat of the worker of a job; in a folder a file
+    of the worker's own, as several workers on one host need it.
 
     A file that can't be written is said once in the log; the job goes on.
     """
@@ -48,13 +49,14 @@ class MetricsFile:
         those that it committed, ``rows_in_engine`` those that its engine has now."""
         found = metrics(record, failures, shards, rows_in_engine, time.time())
         # The collector reads *.prom only, so it never sees the file that is being written.
-        aside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        path = self._path / f"batchinfer-{record.worker}.prom" if self._path.is_dir() else self._path
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             aside.write_text(exposition(found, {"job": self._job, "worker": record.worker}))
-            os.replace(aside, self._path)
+            os.replace(aside, path)
         except OSError as error:
             if not self._complained:
-                logger.warning("%s can't be written: %s", self._path, error.strerror or error)
+                logger.warning("%s can't be written: %s", path, error.strerror or error)
             self._complained = True
 
 

@@ -21,6 +21,7 @@ import jinja2
 from batchinfer.jobs.columns import NANOSECONDS_PER_HOUR
 from batchinfer.jobs.cost import Settlement, settle
 from batchinfer.jobs.folder import JobFolder, ShardName
+from batchinfer.jobs.prediction import Comparison, Prediction, compare
 from batchinfer.jobs.records import JobRecord, PartFooter, WorkerRecord
 from batchinfer.jobs.report_bill import (
     UNSEEN_SECONDS,
@@ -102,6 +103,7 @@ class Report:
     shard_spans: tuple[ShardSpan, ...]
     lengths: Lengths
     failures: tuple[FailureKind, ...]
+    predicted: tuple[Comparison, ...]
     spec: str
     made: float
 
@@ -114,6 +116,7 @@ def read_report(folder: JobFolder, now: Callable[[], float] = time.time) -> Repo
     """
     reader = StatusReader(folder, now=now)
     status = reader.read()
+    prediction = folder.read_prediction()
     footers = reader.footers
     beats = list(folder.read_workers())
     workers = [record for record, _ in beats]
@@ -135,6 +138,9 @@ def read_report(folder: JobFolder, now: Callable[[], float] = time.time) -> Repo
         shard_spans=_shard_spans(footers, priced),
         lengths=lengths(folder, footers),
         failures=failure_kinds(folder, status.failures, footers, reader.rounds),
+        predicted=()
+        if prediction is None
+        else tuple(compare(Prediction.from_bytes(prediction), settlement)),
         spec=shareable_spec(reader.record.spec),
         made=now(),
     )
@@ -254,9 +260,11 @@ def render_report(report: Report) -> str:
     }
     environment.globals |= {
         "rate": _rate,
-        "whole": lambda value: f"{value:,.4g}",
+        "whole": lambda value: f"{value:,.10g}",
         "amount": money if report.priced else duration,
         "span": _span,
+        "number": lambda value: f"{value:,.0f}",
+        "quantity": {"time": duration, "price": money},
     }
     template = environment.from_string(
         files("batchinfer.jobs").joinpath("report.html").read_text(encoding="utf-8")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from batchinfer.jobs.cost import Settlement
 from batchinfer.jobs.status import JobStatus
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from batchinfer.jobs.placement import Placed, ServiceReport
     from batchinfer.jobs.submit import Submitted
 
-_BAR = 24
+_BAR = 16
 
 
 def submit_lines(submitted: Submitted) -> list[str]:
@@ -47,49 +48,51 @@ def service_lines(reports: Sequence[ServiceReport]) -> list[str]:
 
 def status_lines(status: JobStatus) -> list[str]:
     """Where a job stands, in a few lines."""
+    return [_line(name, text) for name, text in status_fields(status)]
+
+
+def status_fields(status: JobStatus) -> list[tuple[str, str]]:
+    """Where a job stands: names, and what there is to say of each."""
     done = status.rows_answered + status.rows_failed
     share = done / status.rows if status.rows else 1.0
     filled = int(_BAR * share)
     state = "out of budget" if status.state == "budget" else status.state
     lines = [
-        _line(status.name or "job", status.uri),
-        _line(
+        ("job", f"{status.name}, {status.uri}" if status.name else status.uri),
+        (
             state,
             f"{'█' * filled}{'░' * (_BAR - filled)} {share:6.1%}  {done:,} of {status.rows:,} rows, "
             f"{status.shards_done:,} of {status.shards:,} shards",
         ),
     ]
     if status.failures:
-        codes = ", ".join(f"{code} {count:,}" for code, count in status.failures.items())
-        lines.append(_line("failed", f"{_count(status.rows_failed, 'row')}: {codes}"))
+        lines.append(("failed", f"{_count(status.rows_failed, 'row')}: {_codes(status)}"))
     if status.rows_retried:
         lines.append(
-            _line(
-                "retry", f"round {status.round}: {_count(status.rows_retried, 'failed row')} to try again"
-            )
+            ("retry", f"round {status.round}: {_count(status.rows_retried, 'failed row')} to try again")
         )
     tokens = f"{status.prompt_tokens:,} in ({status.cached_tokens:,} of them cached), "
     tokens += f"{status.completion_tokens:,} out"
     if status.tokens_per_second:
         tokens += f", {status.tokens_per_second:,.1f} out a second"
-    lines.append(_line("tokens", tokens))
+    lines.append(("tokens", tokens))
     if status.usd is not None and status.workers:
         expected = status.usd / share if share else None
         more = f", about {money(expected)} at the end" if expected and not status.over else ""
-        lines.append(_line("spent", f"{money(status.usd)}{more}"))
+        lines.append(("spent", f"{money(status.usd)}{more}"))
     limits = []
     if status.max_usd is not None:
         limits.append(f"at most {money(status.max_usd)}")
     if status.max_worker_hours is not None:
         limits.append(f"{status.worker_hours:.3g} of at most {status.max_worker_hours:.3g} worker-hours")
     if limits:
-        lines.append(_line("budget", ", ".join(limits)))
+        lines.append(("budget", ", ".join(limits)))
     workers = f"{status.workers_alive} alive"
     if status.eta_seconds is not None:
         workers += f", done in about {duration(status.eta_seconds)}"
-    lines.append(_line("workers", workers))
+    lines.append(("workers", workers))
     if status.message:
-        lines.append(_line("", status.message))
+        lines.append(("", status.message))
     return lines
 
 
@@ -101,7 +104,7 @@ def status_line(status: JobStatus) -> str:
         f"{status.shards_done:,} of {status.shards:,} shards",
     ]
     if status.rows_failed:
-        parts.append(f"{status.rows_failed:,} failed")
+        parts.append(f"{status.rows_failed:,} failed ({_codes(status)})")
     parts.append(f"{_count(status.workers_alive, 'worker')}")
     if status.tokens_per_second:
         parts.append(f"{status.tokens_per_second:,.1f} tokens/s")
@@ -110,6 +113,37 @@ def status_line(status: JobStatus) -> str:
     if status.eta_seconds is not None:
         parts.append(f"done in about {duration(status.eta_seconds)}")
     return ", ".join(parts)
+
+
+def progress_figures(status: JobStatus) -> dict[str, Any]:
+    """Where a job stands, for a log collector."""
+    return {
+        "uri": status.uri,
+        "state": status.state,
+        "rows": status.rows,
+        "rows_answered": status.rows_answered,
+        "rows_failed": status.rows_failed,
+        "failures": dict(status.failures),
+        "shards": status.shards,
+        "shards_done": status.shards_done,
+        "prompt_tokens": status.prompt_tokens,
+        "cached_tokens": status.cached_tokens,
+        "completion_tokens": status.completion_tokens,
+        "tokens_per_second": status.tokens_per_second,
+        "usd": status.usd,
+        "eta_seconds": status.eta_seconds,
+        "workers": status.workers_alive,
+    }
+
+
+def end_figures(status: JobStatus, settlement: Settlement) -> dict[str, Any]:
+    """Where a job stands and what it cost, for a log collector."""
+    return {
+        **progress_figures(status),
+        "message": status.message,
+        "exit_code": status.exit_code,
+        "nanoseconds": {**asdict(settlement.bill), "total": settlement.bill.total},
+    }
 
 
 def bill_lines(settlement: Settlement) -> list[str]:
@@ -162,6 +196,10 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{int(seconds // 60)} min {int(seconds % 60)} s"
     return f"{minutes // 60} h {minutes % 60} min" if minutes < 48 * 60 else f"{seconds / 86400:.1f} days"
+
+
+def _codes(status: JobStatus) -> str:
+    return ", ".join(f"{code} {count:,}" for code, count in status.failures.items())
 
 
 def _count(number: int, noun: str) -> str:

@@ -235,7 +235,7 @@ def test_wrong_usage_is_exit_code_2(run: Callable[..., Ran], arguments: list[str
         (JobError("no\nsuch thing"), 78, "no such thing"),
         (TransientStorageError("try again"), 75, "try again"),
         (ZeroDivisionError("oh"), 70, "BATCHINFER_DEBUG=1"),
-        (KeyboardInterrupt(), 130, "submit again"),
+        (KeyboardInterrupt(), 130, "run it again"),
     ],
 )
 def test_errors_have_exit_codes(

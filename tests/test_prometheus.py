@@ -70,6 +70,13 @@ def test_prometheus_reads_the_figures(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_in_a_folder_each_worker_has_a_file(tmp_path: Path) -> None:
+    MetricsFile(tmp_path, "docs").write(record(), {}, 0, 0)
+    [path] = tmp_path.iterdir()
+    assert path.name == "batchinfer-w1.prom"
+    assert samples(path.read_text())
+
+
 def test_names_follow_the_conventions() -> None:
     for metric in metrics(record(), {"a": 1}, 0, 0, 0.0):
         assert re.fullmatch(r"[a-z][a-z_]*", metric.name)

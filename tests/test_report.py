@@ -11,25 +11,23 @@ from datetime import UTC, datetime
 from fractions import Fraction
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import browser
 import numpy as np
-import pyarrow as pa
 import pytest
+from filled_jobs import SECOND, Filled
 from hypothesis import given
 from hypothesis import strategies as st
 
 from batchinfer import cli
 from batchinfer.connectors.storage import open_store
-from batchinfer.engine.types import Completion, SamplingParams
-from batchinfer.jobs.columns import output_schema
-from batchinfer.jobs.commit import commit
 from batchinfer.jobs.cost import settle
 from batchinfer.jobs.folder import JobFolder, ShardName
 from batchinfer.jobs.history import Moment
-from batchinfer.jobs.records import Bill, Failure, JobRecord, PartFooter, WorkerRecord
-from batchinfer.jobs.report import SHARDS_SHOWN, WORKERS_SHOWN, Report, read_report, render_report
+from batchinfer.jobs.lengths import Range, exactly
+from batchinfer.jobs.prediction import Prediction
+from batchinfer.jobs.records import Bill, Failure, PartFooter, WorkerRecord
+from batchinfer.jobs.report import SHARDS_SHOWN, WORKERS_SHOWN, read_report, render_report
 from batchinfer.jobs.report_bill import break_down, purposes
 from batchinfer.jobs.report_charts import axis
 from batchinfer.jobs.report_failures import EXAMPLES, OBJECTS
@@ -37,88 +35,15 @@ from batchinfer.jobs.report_lengths import PARTS, histogram
 from batchinfer.jobs.report_spec import shareable_spec
 from batchinfer.jobs.report_throughput import throughput
 from batchinfer.jobs.rounds import FailedRow, cut_round
-from batchinfer.jobs.samples import Charge, Finished
-from batchinfer.jobs.spec import parse_spec
+from batchinfer.jobs.throughput import Rates
 from batchinfer.jobs.types import JobError
 
-SECOND = 10**9
 HOSTILE = "</pre></style><script>alert(1)</script><img src=http://evil.example/x onerror=alert(1)>{{ 7*7 }}"
 VOID = {"meta", "link", "br", "img", "input", "hr", "base"}
 
 
-class Filled:
-    """A job whose folder is filled step by step, as workers would."""
-
-    def __init__(
-        self, uri: str, shards: int = 4, rows: int = 10, price: float | None = 3.6, **spec: Any
-    ) -> None:
-        self.folder = JobFolder(open_store(uri))
-        self.shards, self.rows, self.price = shards, rows, price
-        fields = {"model": "org/model", "input": {"uri": "in.jsonl"}, "prompt": "{{ text }}"}
-        parsed = parse_spec({"name": "docs", **fields, "output": {"uri": uri}, **spec})
-        self.samples = parsed.sampling.n
-        self.schema = output_schema(pa.schema([]), SamplingParams(n=self.samples), tokens=False)
-        record = JobRecord(
-            spec=parsed.model_dump(mode="json"),
-            schema=self.schema,
-            input_schema=pa.schema([]),
-            fingerprint="f",
-            plan="plan-x.arrow",
-            shards=shards,
-            rows=shards * rows,
-            created=datetime.now(UTC).isoformat(),
-            nonce="n",
-        )
-        assert self.folder.create_job(record)
-
-    def commit(self, index: int, failed: dict[int, tuple[str, str]] | None = None, of: Any = None) -> int:
-        """Commit a shard; ``failed`` gives code and message by row. Returns what its rows were charged."""
-        failed = failed or {}
-        shard = of or ShardName(0, index, self.shards)
-        rows = range(index * self.rows, (index + 1) * self.rows) if of is None else []
-        samples = [
-            Finished(
-                Completion(
-                    index=row,
-                    sample_index=sample,
-                    text="x",
-                    token_ids=tuple(range(1 + row % 7)),
-                    finish_reason="stop",
-                    prompt_tokens=5 + row,
-                    cached_tokens=3,
-                    prefill_ns=SECOND,
-                    token_ns=(SECOND,) * (1 + row % 7),
-                ),
-                (Charge("a", self.price, SECOND, (1 + row % 7) * SECOND, 1 + row % 7),),
-            )
-            for row in rows
-            if row not in failed
-            for sample in range(self.samples)
-        ]
-        empty = pa.Table.from_arrays([], schema=pa.schema([]))
-        failures = {
-            row: Failure(row, code, message, 1, f"input of {message}")
-            for row, (code, message) in failed.items()
-        }
-        assert commit(self.folder, shard, "a", self.schema, empty, samples, failures, lambda: None)
-        return sum(sample.charges[0].nanoseconds for sample in samples)
-
-    def beat(self, worker: str = "a", **fields: Any) -> None:
-        values: dict[str, Any] = {
-            "worker": worker,
-            "state": "running",
-            "beat": 1,
-            "usd_per_hour": self.price,
-            "bill": Bill(startup=SECOND),
-            "started": "",
-        }
-        self.folder.write_worker(WorkerRecord(**(values | fields)))
-
-    def report(self) -> Report:
-        return read_report(self.folder)
-
-    def page(self) -> str:
-        return render_report(self.report())
+def page_of(job: Filled) -> str:
+    return render_report(read_report(job.folder))
 
 
 @pytest.fixture
@@ -197,7 +122,7 @@ def check_page(page: str) -> str:
 
 
 def test_a_finished_job(done: Filled) -> None:
-    report = done.report()
+    report = read_report(done.folder)
     text = check_page(render_report(report))
     for words in (
         "docs",
@@ -215,7 +140,7 @@ def test_a_finished_job(done: Filled) -> None:
 
 
 def test_the_bill_on_the_page_is_the_bill(done: Filled) -> None:
-    report = done.report()
+    report = read_report(done.folder)
     page = render_report(report)
     bill = report.settlement.bill
     *parts, whole = [int(number) for number in re.findall(r'data-nanoseconds="(\d+)"', page)]
@@ -244,7 +169,7 @@ def test_a_worker_lost_without_a_word_is_named_beside_the_bill(done: Filled) -> 
 
 
 def test_a_job_without_any_worker(uri: str) -> None:
-    text = check_page(Filled(uri).page())
+    text = check_page(page_of(Filled(uri)))
     for words in ("no worker has started", "No worker has reported yet", "No shard is committed yet"):
         assert words in text
 
@@ -253,7 +178,7 @@ def test_a_job_at_work_tells_open_rows_from_waste(uri: str) -> None:
     job = Filled(uri)
     charged = job.commit(0)
     job.beat(rows_done=12, bill=Bill(startup=SECOND, rows=charged + 9 * SECOND, waste=2 * SECOND))
-    report = job.report()
+    report = read_report(job.folder)
     found = {bucket.key: bucket.nanoseconds for bucket in report.breakdown.buckets}
     assert (found["open"], found["waste"]) == (9 * SECOND, 2 * SECOND)
     assert sum(found.values()) == report.settlement.bill.total
@@ -265,18 +190,49 @@ def test_samples_and_a_job_without_a_price(uri: str) -> None:
     job = Filled(uri, price=None, sampling={"n": 3})
     charged = job.commit(0)
     job.beat(bill=Bill(startup=SECOND, rows=charged), usd_per_hour=None)
-    report = job.report()
+    report = read_report(job.folder)
     assert report.lengths.rows == 10
     assert report.lengths.completions is not None and report.lengths.completions.count == 30
     text = check_page(render_report(report))
     assert "no price was given" in text and "Where the time went" in text and "$" not in text
 
 
+def test_what_was_predicted_stands_beside_what_came(done: Filled) -> None:
+    assert "Predicted" not in check_page(page_of(done))
+    prediction = Prediction(
+        rows=40,
+        pilot_rows=4,
+        seed=0,
+        prompt_tokens=exactly(1000.0),
+        cached_tokens=0,
+        completion_tokens=Range(111.0, 122.0, 133.0),
+        worker_seconds=Range(100.0, 150.0, 240.0),
+        seconds=Range(50.0, 75.0, 120.0),
+        usd=Range(0.1, 0.15, 0.24),
+        usd_per_hour=3.6,
+        workers=2,
+        backend="local",
+        finished={},
+        rejections={},
+        first_rejection="",
+        machine="here",
+        engines=1,
+        pilot_seconds=1.0,
+        rates=Rates(startup=1.0, prefill=0.1, decode=((1, 0.1),), attention=0.0, max_rows=0, capacity=0),
+    )
+    done.folder.write_prediction(prediction.to_bytes())
+    report = read_report(done.folder)
+    text = check_page(render_report(report))
+    actual = f"{report.settlement.completion_tokens:,}"
+    assert f"Tokens out 122 111 to 133 {actual}" in text
+    assert "Price $0.15 $0.1 to $0.24" in text
+
+
 def test_hostile_text_is_text(uri: str) -> None:
     job = Filled(uri, name=HOSTILE, prompt="{{ text }} </pre><script>x</script>")
     job.commit(0, failed={1: (HOSTILE, HOSTILE), 2: ("bad_line", "\x00\ud7ff‮" + HOSTILE)})
     job.beat("a", host=HOSTILE, state="failed", exit_code=78, message=HOSTILE)
-    text = check_page(job.page())
+    text = check_page(page_of(job))
     assert text.count("<script>alert(1)</script>") >= 5
     assert "{{ 7*7 }}" in text and "49" not in text
 
@@ -284,7 +240,7 @@ def test_hostile_text_is_text(uri: str) -> None:
 def test_a_long_input_is_cut(uri: str) -> None:
     job = Filled(uri)
     job.commit(0, failed={1: ("bad_line", "y" * 100_000)})
-    assert len(job.page()) < 100_000
+    assert len(page_of(job)) < 100_000
 
 
 def test_rows_that_a_round_has_tried_again_are_no_examples(uri: str) -> None:
@@ -299,7 +255,7 @@ def test_rows_that_a_round_has_tried_again_are_no_examples(uri: str) -> None:
     ]
     assert job.folder.create_round(1, cut_round(rows, 1, "nonce"))
     job.commit(0, failed={0: ("engine_crash", "again")}, of=ShardName(1, 0, 2))
-    report = job.report()
+    report = read_report(job.folder)
     [kind] = report.failures
     assert kind.count == 4
     # Row 0 as its round failed it; row 10, whose shard of the round is open, as it failed at first.
@@ -328,7 +284,7 @@ def test_a_job_of_many_shards_is_read_in_part_and_shown_in_part(
         return keep(shard, nonce)
 
     monkeypatch.setattr(job.folder, "read_failures", counted)
-    report = job.report()
+    report = read_report(job.folder)
     assert read["failures"] <= OBJECTS
     assert (report.lengths.parts, report.lengths.parts_read) == (300, PARTS)
     assert len(report.shards) == SHARDS_SHOWN and len(report.shard_spans) <= 96
@@ -513,7 +469,11 @@ def test_in_a_browser_nothing_is_loaded_and_nothing_scrolls_sideways(done: Fille
     job = Filled(f"{done.folder.uri}-hostile", name=HOSTILE.replace(" ", ""))
     job.commit(0, failed={1: ("x" * 80, HOSTILE.replace(" ", "")), 2: ("bad_line", "y" * 3000)})
     job.beat(host="h" * 200, rows_done=10**12, completion_tokens=10**15)
-    pages = {"done": done.page(), "hostile": job.page(), "empty": Filled(f"{done.folder.uri}-empty").page()}
+    pages = {
+        "done": page_of(done),
+        "hostile": page_of(job),
+        "empty": page_of(Filled(f"{done.folder.uri}-empty")),
+    }
     with browser.browser(tmp_path / "profile") as page:
         for name, text in pages.items():
             path = tmp_path / f"{name}.html"
@@ -596,7 +556,7 @@ def test_a_job_that_is_not_there() -> None:
 def test_the_report_reads_with_a_worker_that_changes_its_price(done: Filled) -> None:
     [first, second] = [record for record, _ in done.folder.read_workers()]
     done.folder.write_worker(replace(second, usd_per_hour=None))
-    report = done.report()
+    report = read_report(done.folder)
     assert not report.priced and report.breakdown.usd is None
     check_page(render_report(report))
     assert first.usd_per_hour is not None

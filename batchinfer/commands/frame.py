@@ -6,7 +6,8 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
@@ -42,6 +43,21 @@ LogOption = Annotated[
 def say(text: str) -> None:
     """Print a line for people: stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Voice:
+    """How a command tells people, or a log collector, what goes on: on stderr."""
+
+    form: LogFormat = LogFormat.TEXT
+
+    def tell(self, event: str, lines: Iterable[str], **figures: Any) -> None:
+        """Say the lines, or the event of that name with its figures."""
+        if self.form is LogFormat.JSON:
+            print_event(event, **figures)
+        else:
+            for line in lines:
+                say(line)
 
 
 def emit(document: Any) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from batchinfer.commands.frame import AsJson, JobUri, command, emit, say
+from batchinfer.commands.frame import INTERRUPTED, AsJson, JobUri, LogOption, Voice, command, emit
+from batchinfer.jobs.events import LogFormat
 
 if TYPE_CHECKING:
     from batchinfer.jobs.job import Job
@@ -19,28 +20,34 @@ if TYPE_CHECKING:
 def status(
     job_uri: JobUri,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job until it is over.")] = False,
+    log_format: LogOption = LogFormat.TEXT,
     as_json: AsJson = False,
 ) -> int:
     """Where a job stands: rows, failures, tokens, spend, workers."""
     from batchinfer.jobs.job import Job
     from batchinfer.jobs.live import follow
     from batchinfer.jobs.plan_view import comparison_lines
-    from batchinfer.jobs.view import bill_lines, service_lines, status_lines
+    from batchinfer.jobs.view import bill_lines, end_figures, service_lines, status_lines
 
     job = Job(job_uri)
+    voice = Voice(log_format)
+    lines = []
     if watch:
-        found = follow(job)
+        try:
+            found = follow(job, form=log_format)
+        except KeyboardInterrupt:
+            voice.tell("unwatched", ["batchinfer: no longer watching; the job goes on by itself"])
+            return INTERRUPTED
     else:
         found = job.status()
-        for line in status_lines(found):
-            say(line)
+        lines += status_lines(found)
     bill = job.bill()
-    predicted = comparison_lines(job.prediction(), bill) if found.state == "done" else []
-    for line in [*bill_lines(bill), *predicted]:
-        say(line)
+    lines += bill_lines(bill)
+    if found.state == "done":
+        lines += comparison_lines(job.prediction(), bill)
     services = [] if found.state == "done" else job.services()
-    for line in service_lines(services):
-        say(line)
+    lines += service_lines(services)
+    voice.tell("end" if found.over else "progress", lines, **end_figures(found, bill))
     if as_json:
         emit({**status_document(job, found), "services": [asdict(report) for report in services]})
     return found.exit_code if watch else 0
@@ -48,11 +55,11 @@ def status(
 
 def status_document(job: Job, status: JobStatus) -> dict[str, Any]:
     """The status, the bill and what was predicted as one document."""
-    prediction = job.prediction()
     from batchinfer.jobs.cost import summary
     from batchinfer.jobs.prediction import prediction_values
     from batchinfer.jobs.status import status_values
 
+    prediction = job.prediction()
     return {
         **status_values(status),
         "bill": json.loads(summary(job.bill(), status.shards, job.record.spec["sampling"]["n"])),

@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from batchinfer.commands.follow import run_workers, tell_end
-from batchinfer.commands.frame import AsJson, Overrides, SpecFile, command, emit, say
+from batchinfer.commands.frame import AsJson, LogOption, Overrides, SpecFile, Voice, command, emit
 from batchinfer.commands.plan import PilotRows
+from batchinfer.jobs.events import LogFormat
 
 
 @command
@@ -22,6 +23,7 @@ def submit(
         bool, typer.Option("--dry-run", help="Print what the backend would be sent, and do nothing.")
     ] = False,
     overrides: Overrides = None,
+    log_format: LogOption = LogFormat.TEXT,
     as_json: AsJson = False,
 ) -> int:
     """Start a job, or resume it where it stands."""
@@ -45,8 +47,9 @@ def submit(
         return 0
     submitted = commit_job(asked, pilot)
     job = submitted.job
-    for line in submit_lines(submitted):
-        say(line)
+    voice, resumed = Voice(log_format), submitted.plan is None
+    figures = {"rows": job.record.rows, "shards": job.record.shards, "resumed": resumed}
+    voice.tell("submitted", submit_lines(submitted), uri=job.uri, **figures)
     if submitted.complete:
-        return tell_end(job, job.status(), as_json)
-    return run_workers(submitted, wait, as_json, {"resumed": submitted.plan is None})
+        return tell_end(job, job.status(), as_json, voice)
+    return run_workers(submitted, wait, as_json, {"resumed": resumed}, voice)

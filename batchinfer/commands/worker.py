@@ -35,7 +35,7 @@ def worker(
         Path | None,
         typer.Option(
             envvar="BATCHINFER_METRICS_FILE",
-            help="A .prom file to rewrite with each heartbeat, for Prometheus.",
+            help="A .prom file to rewrite with each heartbeat, for Prometheus, or a folder for it.",
         ),
     ] = None,
     as_json: AsJson = False,
