@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from batchinfer.kernels.cpu import build
 from batchinfer.kernels.cpu.operators import CPUOperators, load
+from batchinfer.kernels.cpu.panels import PanelInt8Linear, PanelLinear
 from batchinfer.kernels.ops import AttentionBatch, KernelsUnavailable, KVSpec
 from batchinfer.kernels.reference import ReferenceOperators, gumbel_noise
 
@@ -379,6 +380,52 @@ def test_linear(ops: CPUOperators, dtype: torch.dtype, bias: bool, rows: int) ->
     torch.testing.assert_close(got, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("out", "into"), [(128, 64), (192, 72), (100, 72), (64, 76), (1, 4), (6, 10)])
+def test_products_of_a_row_are_its_own(
+    ops: CPUOperators, dtype: torch.dtype, out: int, into: int, quantize: str | None
+) -> None:
+    """Close to the reference, with and without what follows in the same pass, and for our own products
+    the same bits whatever rows lie beside a row and however many threads there are."""
+    rng = torch.Generator().manual_seed(out)
+    weight = (torch.randn(out, into, generator=rng) / 8).to(dtype)
+    bias = torch.randn(out, generator=rng).to(dtype)
+    x = torch.randn(101, into, generator=rng).to(dtype)
+    packed, plain = ops.pack_linear(weight, bias, quantize), REFERENCE.pack_linear(weight, bias, None)
+    tolerance = TOLERANCE[dtype] if quantize is None else 0.15
+    close = {"atol": tolerance, "rtol": tolerance}
+    calls = [lambda x: ops.linear(x, packed), lambda x: ops.logits(x, packed)]
+    expected = [REFERENCE.linear(x, plain), REFERENCE.logits(x, plain)]
+    for kind in ("silu", "gelu_tanh") if out % 2 == 0 else ():
+        calls.append(lambda x, kind=kind: ops.gated_linear(x, packed, kind))
+        expected.append(REFERENCE.gated_linear(x, plain, kind))
+    own = isinstance(packed, PanelLinear | PanelInt8Linear)
+    for call, wanted in zip(calls, expected, strict=True):
+        with threads(1):
+            result = call(x)
+        assert result.dtype == wanted.dtype
+        torch.testing.assert_close(result, wanted, **close)
+        assert call(x[:0]).shape == (0, wanted.shape[1])
+        for count in (1, 2, 3):
+            with threads(count):
+                assert torch.equal(call(x), result) or not own
+                for first, last in ((0, 1), (3, 10), (40, 46), (90, 101)):
+                    part = call(x[first:last])
+                    assert torch.equal(part, result[first:last]) or not own
+                    torch.testing.assert_close(part, wanted[first:last], **close)
+
+
+def test_sums_of_logits_are_not_rounded(ops: CPUOperators) -> None:
+    rng = torch.Generator().manual_seed(5)
+    weight, x = (torch.randn(n, 576, generator=rng).bfloat16() for n in (640, 9))
+    packed = ops.pack_linear(weight, None, None)
+    if isinstance(packed, PanelLinear):
+        torch.testing.assert_close(
+            ops.logits(x, packed), x.float() @ weight.float().T, atol=1e-3, rtol=1e-4
+        )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 5, 64])
@@ -426,7 +473,8 @@ def test_levels_come_from_the_cpu_flags() -> None:
     assert build.levels(frozenset({"avx2", "fma", "f16c"})) == ("avx2",)
     wide = frozenset(["avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"])
     assert build.levels(wide) == ("avx2", "avx512")
-    assert build.levels(wide | {"avx512_bf16"}) == ("avx2", "avx512", "avx512_bf16")
+    assert build.levels(wide | {"avx512_bf16"}) == ("avx2", "avx512")
+    assert build.levels(wide | {"avx512_bf16", "avx512_vnni"}) == ("avx2", "avx512", "avx512_bf16")
 
 
 def test_no_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

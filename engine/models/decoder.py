@@ -131,7 +131,7 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``hidden`` [n, H] -> fp32 [n, V]."""
-        logits = self._ops.linear(hidden, self._head).float()
+        logits = self._ops.logits(hidden, self._head)
         cap = self.config.final_soft_cap
         return cap * torch.tanh(logits / cap) if cap > 0.0 else logits
 

@@ -145,9 +145,7 @@ def feed_forward_block(
     ops: Operators, sizes: Sizes, weights: LayerWeights, normed: torch.Tensor
 ) -> torch.Tensor:
     """The gated feed-forward block of ``normed`` [T, H]: what is added to the residual, [T, H]."""
-    out = ops.linear(
-        ops.gated_activation(ops.linear(normed, weights.gate_up), sizes.activation), weights.down
-    )
+    out = ops.linear(ops.gated_linear(normed, weights.gate_up, sizes.activation), weights.down)
     if weights.post_feed_forward_norm is not None:
         out = ops.rms_norm(out, weights.post_feed_forward_norm, sizes.rms_eps)
     return out

@@ -1,4 +1,5 @@
 // Norms, gated activation, and rotary embedding with the store into the KV cache: one pass over memory each.
+#include "activation.h"
 #include "cache.h"
 #include "parallel.h"
 #include "vector.h"
@@ -47,12 +48,6 @@ void rms_norm(const T* x, const T* residual, const float* weight, T* out, T* tot
     });
 }
 
-inline Floats silu(Floats x) { return x / (splat(1.0f) + exponential(splat(0.0f) - x)); }
-inline Floats gelu_tanh(Floats x) {
-    Floats inner = splat(0.7978845608028654f) * fma(splat(0.044715f) * x * x, x, x);
-    return splat(0.5f) * x * (splat(1.0f) + hyperbolic_tangent(inner));
-}
-
 template <class T>
 void gated_activation(const T* gate_up, T* out, int64_t rows, int64_t size, bool gelu, int threads) {
     parallel_for(threads, rows, grain_of(size), [=](int64_t row) {
@@ -60,7 +55,7 @@ void gated_activation(const T* gate_up, T* out, int64_t rows, int64_t size, bool
         for (int64_t i = 0; i < size; i += LANES) {
             int n = int(size - i);
             Floats g = load_up_to(gate + i, n), u = load_up_to(gate + size + i, n);
-            store_up_to(out + row * size + i, (gelu ? gelu_tanh(g) : silu(g)) * u, n);
+            store_up_to(out + row * size + i, activate(g, gelu) * u, n);
         }
     });
 }

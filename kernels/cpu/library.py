@@ -74,6 +74,30 @@ class Attention(ctypes.Structure):
     )
 
 
+class Product(ctypes.Structure):
+    """A product and what becomes of it: linear.cpp's Call."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("panels", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("out_features", ctypes.c_int64),
+        ("type", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("scales", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("row_scales", ctypes.c_void_p),
+        ("rests", ctypes.c_void_p),
+        ("rest_counts", ctypes.c_void_p),
+        ("most_rests", ctypes.c_int64),
+        ("columns", ctypes.c_void_p),
+    )
+
+
 _Address, _Int, _Long, _Float = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _CacheAt = ctypes.POINTER(Cache)
 
@@ -86,6 +110,9 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "rotary_and_store": (None, (_Int, _Address, _Address, ctypes.POINTER(Rotary), _CacheAt, _Int)),
     "rms_norm": (None, (_Int, *[_Address] * 5, _Long, _Long, _Float, _Int)),
     "gated_activation": (None, (_Int, _Address, _Address, _Long, _Long, _Int, _Int)),
+    "multiplies": (_Int, ()),
+    "linear": (None, (ctypes.POINTER(Product),)),
+    "linear_int8": (None, (ctypes.POINTER(Product),)),
     "most_rests": (_Long, (_Long,)),
     "quantize_rows": (None, (_Int, *[_Address] * 5, _Long, _Long, _Int, _Int)),
     "finish_rows": (None, (_Int, *[_Address] * 8, _Long, _Long, _Long, _Int)),

@@ -1,4 +1,4 @@
-"""Matrix products with packed weights: through oneDNN, in the model's dtype or in int8."""
+"""Matrix products through oneDNN with packed weights, in the model's dtype or in int8."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from batchinfer.kernels.cpu.build import cpu_flags
 from batchinfer.kernels.cpu.library import TYPES, Library
+from batchinfer.kernels.cpu.quantized import QuantizedRows, rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +74,7 @@ class Int8Linear:
     @classmethod
     def pack(cls, library: Library, weight: torch.Tensor, bias: torch.Tensor | None) -> Int8Linear:
         """Of ``weight`` [out, in], rounded row by row, and ``bias`` [out]."""
-        wide = weight.float()
-        scales = (wide.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-        whole = (wide / scales[:, None]).round().to(torch.int8)
+        whole, scales = rounded(weight)
         return cls(
             library,
             weight.shape[0],
@@ -97,25 +96,9 @@ class Int8Linear:
         out = x.new_empty(rows, self.out_features)
         if rows == 0:
             return out
-        threads = torch.get_num_threads()
-        whole = torch.empty(rows, size, dtype=torch.uint8)
-        scales = torch.empty(rows)
-        rests = torch.empty(rows, self.rests, dtype=torch.int64)
-        counts = torch.empty(rows, dtype=torch.int32)
-        self.library.quantize_rows(
-            TYPES[x.dtype],
-            x.data_ptr(),
-            whole.data_ptr(),
-            scales.data_ptr(),
-            rests.data_ptr(),
-            counts.data_ptr(),
-            rows,
-            size,
-            self.limit,
-            threads,
-        )
+        x8 = QuantizedRows.of(self.library, x, self.rests, self.limit)
         product = torch.ops.onednn.qlinear_pointwise(
-            whole,
+            x8.whole,
             1.0,
             self.limit + 1,
             self.packed,
@@ -133,15 +116,15 @@ class Int8Linear:
             TYPES[x.dtype],
             product.data_ptr(),
             out.data_ptr(),
-            scales.data_ptr(),
-            rests.data_ptr(),
-            counts.data_ptr(),
+            x8.scales.data_ptr(),
+            x8.rests.data_ptr(),
+            x8.counts.data_ptr(),
             self.columns.data_ptr(),
             self.scales.data_ptr(),
             None if self.bias is None else self.bias.data_ptr(),
             rows,
             self.out_features,
             size,
-            threads,
+            torch.get_num_threads(),
         )
         return out

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 from dataclasses import dataclass
 
 import torch
 
-from batchinfer.kernels.cpu.build import Level
+from batchinfer.kernels.cpu.build import Level, cpu_flags
 from batchinfer.kernels.cpu.library import TYPES, Attention, Batch, Cache, Library, Rotary
-from batchinfer.kernels.cpu.linear import Int8Linear, Linear
+from batchinfer.kernels.cpu.onednn import Int8Linear, Linear
+from batchinfer.kernels.cpu.pages import huge_pages, keep_freed_memory
+from batchinfer.kernels.cpu.panels import PanelInt8Linear, PanelLinear
 from batchinfer.kernels.ops import AttentionBatch, KVCache, KVSpec, PackedLinear
 
 # The tokens of a block, BLOCK in cache.h.
@@ -67,7 +68,11 @@ class CPUOperators:
 
     def __init__(self, level: Level | None = None) -> None:
         self._library = Library(level)
+        keep_freed_memory()
         self._schedule: Schedule | None = None
+        # oneDNN multiplies in the tiles of a CPU that has them, at several times the vectors' rate.
+        own, flags = bool(self._library.multiplies()), cpu_flags()
+        self._own_bf16, self._own_int8 = own and "amx_bf16" not in flags, own and "amx_int8" not in flags
 
     def block_size(self, spec: KVSpec) -> int:
         """32 tokens a block."""
@@ -87,11 +92,7 @@ class CPUOperators:
             raise ValueError(f"The cpu operators keep no KV cache of {spec.dtype}.")
         if spec.head_size % 2 or spec.head_size > 1024:
             raise ValueError(f"The cpu operators need an even head size up to 1024, not {spec.head_size}.")
-        # Pages of the system's are zero at their first use, where torch.zeros would write them all now.
-        # Huge ones, since a step's blocks lie scattered over more small pages than are looked up fast.
-        pages = mmap.mmap(-1, num_blocks * self.block_bytes(spec))
-        pages.madvise(mmap.MADV_HUGEPAGE)
-        data = torch.frombuffer(pages, dtype=spec.dtype)
+        data = huge_pages((num_blocks * self.block_bytes(spec) // spec.dtype.itemsize,), spec.dtype)
         view = Cache(
             data.data_ptr(),
             num_blocks,
@@ -104,22 +105,41 @@ class CPUOperators:
 
     def pack_linear(
         self, weight: torch.Tensor, bias: torch.Tensor | None, quantize: str | None
-    ) -> Linear | Int8Linear:
+    ) -> PanelLinear | PanelInt8Linear | Linear | Int8Linear:
         """A packed copy; fp16, which few CPUs multiply, is kept in fp32.
 
         ``quantize`` "int8" rounds each row of the weight to 8 bits, and ``linear`` each row of its
         input. Raises ValueError for another one.
         """
+        in_features = weight.shape[1]
         if quantize == "int8":
+            if self._own_int8 and in_features % 4 == 0:
+                return PanelInt8Linear.pack(self._library, weight, bias)
             return Int8Linear.pack(self._library, weight, bias)
         if quantize is not None:
             raise ValueError(f"the cpu operators quantize weights to int8, not to {quantize}.")
+        if self._own_bf16 and weight.dtype == torch.bfloat16 and in_features % 2 == 0:
+            return PanelLinear.pack(self._library, weight, bias)
         return Linear.pack(weight, bias)
 
     def linear(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
         """[T, in] -> [T, out]."""
+        if isinstance(weight, PanelLinear | PanelInt8Linear):
+            return weight.apply(x, None, x.dtype)
         assert isinstance(weight, Linear | Int8Linear)
         return weight.apply(x)
+
+    def gated_linear(self, x: torch.Tensor, weight: PackedLinear, kind: str) -> torch.Tensor:
+        """[T, in] -> [T, out / 2], the activation in the product's own pass where that is ours."""
+        if isinstance(weight, PanelLinear | PanelInt8Linear) and weight.gates and kind in _ACTIVATIONS:
+            return weight.apply(x, kind, x.dtype)
+        return self.gated_activation(self.linear(x, weight), kind)
+
+    def logits(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
+        """[n, in] -> fp32 [n, out], the sums of our own products as they are."""
+        if isinstance(weight, PanelLinear | PanelInt8Linear):
+            return weight.apply(x, None, torch.float32)
+        return self.linear(x, weight).float()
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Over the last dimension, in fp32 inside."""

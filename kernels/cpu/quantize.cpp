@@ -8,17 +8,12 @@
 #include <cmath>
 
 #include "parallel.h"
+#include "quantize.h"
 #include "vector.h"
 
 namespace {
 
 constexpr float OUTLIER = 4.0f;
-
-// A clipped value: its place in the row, and what lies beyond the clip.
-struct Rest {
-    int32_t place;
-    float value;
-};
 
 int64_t most_rests(int64_t size) { return int64_t(double(size) / (double(OUTLIER) * OUTLIER)) + 1; }
 
