@@ -86,7 +86,7 @@ def read_rows(
             position = first
             try:
                 for batch in _group(file, footer, group, columns, first - group_start, last - group_start):
-                    yield _fitted(batch, schema, uri, position, first_row + position - start)
+                    yield fitted(batch, schema, uri, position, first_row + position - start)
                     position += batch.num_rows
             except (OSError, pa.ArrowException) as error:
                 if file.error is not None:
@@ -94,7 +94,7 @@ def read_rows(
                 message = f"{uri}, row group {group}: it can't be read ({_one_line(error)})"
                 for lost in range(position, last, BATCH_ROWS):
                     until = min(last, lost + BATCH_ROWS)
-                    yield _unreadable(lost - start + first_row, until - start + first_row, message, schema)
+                    yield unreadable(lost - start + first_row, until - start + first_row, message, schema)
         group_start += rows
 
 
@@ -130,7 +130,7 @@ def _group(
             return
 
 
-def _fitted(batch: pa.RecordBatch, schema: pa.Schema, uri: str, position: int, index: int) -> RowBatch:
+def fitted(batch: pa.RecordBatch, schema: pa.Schema, uri: str, position: int, index: int) -> RowBatch:
     """The batch with the columns of ``schema``; rows whose values can't be cast apart."""
     indices = range(index, index + batch.num_rows)
     try:
@@ -160,7 +160,8 @@ def _cast(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-def _unreadable(start: int, stop: int, message: str, schema: pa.Schema) -> RowBatch:
+def unreadable(start: int, stop: int, message: str, schema: pa.Schema) -> RowBatch:
+    """Rows start:stop of the whole input, none of which can be read."""
     bad = tuple(BadRow(index, "unreadable", message, None) for index in range(start, stop))
     return RowBatch([], _empty(schema), bad)
 

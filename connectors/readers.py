@@ -24,7 +24,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-from batchinfer.connectors import csv, jsonl, openai, parquet
+from batchinfer.connectors import arrow, csv, jsonl, openai, parquet
 from batchinfer.connectors.batches import Record, RowBatch, batches_of_records, selected
 from batchinfer.connectors.inputs import InputObject, ObjectFile, list_inputs, open_input
 from batchinfer.connectors.lines import blocks_of_lines
@@ -35,6 +35,8 @@ _FORMATS: dict[str, Format] = {
     ".parquet": "parquet",
     ".parq": "parquet",
     ".pq": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "jsonl",
@@ -97,8 +99,9 @@ def _input_file(item: InputObject, format: Literal["auto"] | Format) -> InputFil
             f"{item.uri}: the name does not tell the format; set input.format, or let it end in "
             f"{', '.join(_FORMATS)}, and .gz or .zst"
         )
-    if chosen == "parquet" and compression != "none":
-        raise StorageError(f"{item.uri}: a compressed Parquet file can't be read by ranges; unpack it")
+    if chosen in ("parquet", "arrow") and compression != "none":
+        kind = "Parquet" if chosen == "parquet" else "Arrow"
+        raise StorageError(f"{item.uri}: a compressed {kind} file can't be read by ranges; unpack it")
     return InputFile(item.uri, item.size, item.etag, chosen, compression)
 
 
@@ -106,10 +109,10 @@ def _input_file(item: InputObject, format: Literal["auto"] | Format) -> InputFil
 class FileScan:
     """Where the rows of one file are.
 
-    ``groups`` are the rows of each row group of a Parquet file. For text files ``offsets`` and
-    ``lines`` say where every ``granule``-th row begins: byte, and line number from 1. Where a line may
-    be several rows, ``firsts`` counts the rows before each of these places, which are then as close as
-    the lines allow.
+    ``groups`` are the rows of each row group of a Parquet file; an Arrow IPC file, which can be cut
+    anywhere, is one. For text files ``offsets`` and ``lines`` say where every ``granule``-th row begins:
+    byte, and line number from 1. Where a line may be several rows, ``firsts`` counts the rows before each
+    of these places, which are then as close as the lines allow.
     """
 
     file: InputFile
@@ -149,7 +152,7 @@ class InputScan:
         first_row = 0
         for scan in self.files:
             file = scan.file
-            if file.format == "parquet":
+            if file.format in ("parquet", "arrow"):
                 for start, stop in _cut_groups(scan.groups, rows):
                     splits.append(Split(file, "rows", start, stop, first_row + start, stop - start))
             elif file.compression == "none":
@@ -214,9 +217,10 @@ def scan_input(
             f"input.delimiter is given, but {files[0].uri} is read as {format}: remove it, or set "
             "input.format to csv"
         )
-    with ThreadPoolExecutor(_THREADS if format == "parquet" else 4) as threads:
-        if format == "parquet":
-            footers = list(threads.map(lambda file: _scan_parquet(file, storage), files))
+    columnar = {"parquet": _scan_parquet, "arrow": _scan_arrow}
+    with ThreadPoolExecutor(_THREADS if format in columnar else 4) as threads:
+        if format in columnar:
+            footers = list(threads.map(lambda file: columnar[format](file, storage), files))
             schema = footers[0][1]
             for file, (_, other) in zip(files, footers, strict=True):
                 schema = parquet.unify(schema, other, file.uri)
@@ -274,6 +278,11 @@ def _scan_parquet(file: InputFile, storage: Storage | None) -> tuple[FileScan, p
     footer = parquet.read_footer(_open(file, storage), file.uri)
     groups = tuple(footer.row_group(group).num_rows for group in range(footer.num_row_groups))
     return FileScan(file, footer.num_rows, groups), parquet.schema_of(footer, file.uri)
+
+
+def _scan_arrow(file: InputFile, storage: Storage | None) -> tuple[FileScan, pa.Schema]:
+    rows, schema = arrow.scan(_open(file, storage), file.uri)
+    return FileScan(file, rows, (rows,) if rows else ()), schema
 
 
 def _scan_jsonl(file: InputFile, storage: Storage | None, granule: int) -> tuple[FileScan, jsonl.Kinds]:
@@ -358,6 +367,8 @@ def read_batches(
     opened = _open(file, storage)
     if file.format == "parquet":
         rows = parquet.read_rows(opened, file.uri, split.start, split.stop, split.first_row, wanted)
+    elif file.format == "arrow":
+        rows = arrow.read_rows(opened, file.uri, split.start, split.stop, split.first_row, wanted)
     else:
         delimiter = (schema.metadata or {}).get(_DELIMITER, b",").decode()
         records = _records(split, opened, wanted, storage, delimiter)

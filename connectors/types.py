@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-Format = Literal["parquet", "jsonl", "csv", "openai"]
+Format = Literal["parquet", "arrow", "jsonl", "csv", "openai"]
 Compression = Literal["none", "gzip", "zstd"]
 
 

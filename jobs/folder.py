@@ -86,6 +86,11 @@ class ProgressKey:
     inflight: bool
 
 
+def input_key(digest: str) -> str:
+    """The key of an input that the job keeps itself: an Arrow IPC file, by the digest of its content."""
+    return f"_batchinfer/input-{digest}.arrow"
+
+
 def new_nonce() -> str:
     """A fresh name for one write."""
     return secrets.token_hex(8)
@@ -149,6 +154,10 @@ class JobFolder:
             return self.store.get("_batchinfer/prediction.json")
         except FileNotFoundError:
             return None
+
+    def keep_input(self, digest: str, data: Path) -> None:
+        """Store an input of the job's own, once: what is there under its digest is the same."""
+        self.store.create_exclusive(input_key(digest), data)
 
     def create_job(self, record: JobRecord) -> bool:
         """Commit a submit: True when this record is the job's, False when another one was there."""

@@ -89,7 +89,7 @@ class InputSpec(Part):
         description="a file, a folder, a glob, or a list of them",
         examples=["s3://bucket/prompts/*.parquet"],
     )
-    format: Literal["auto", "parquet", "jsonl", "csv", "openai"] = Field(
+    format: Literal["auto", "parquet", "arrow", "jsonl", "csv", "openai"] = Field(
         default="auto",
         description="auto: by the file names; openai: batch files, each line with its prompt and sampling",
     )
@@ -192,7 +192,7 @@ class WorkersSpec(Part):
     """Who does the work; may change between submits of one job."""
 
     count: Positive = Field(default=1, description="workers to start", examples=[8])
-    backend: Literal["local", "slurm", "kubernetes", "aws_batch", "gcp_batch"] = Field(
+    backend: Literal["local", "slurm", "kubernetes", "aws_batch", "gcp_batch", "ray"] = Field(
         default="local", description="who starts them"
     )
     gpus: StrictInt = Field(

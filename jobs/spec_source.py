@@ -92,6 +92,13 @@ def load_spec(source: str | Path | Mapping[str, Any] | JobSpec, overrides: Seque
     ``overrides`` are ``a.b=value`` with the value in YAML. Raises JobError in one sentence, and
     StorageError where a store refuses to give the file.
     """
+    return parse_spec(*read_spec(source, overrides))
+
+
+def read_spec(
+    source: str | Path | Mapping[str, Any] | JobSpec, overrides: Sequence[str] = ()
+) -> tuple[Any, str]:
+    """The values of a spec before they are checked, and what to call it in errors; see ``load_spec``."""
     data: Any
     if isinstance(source, JobSpec):
         data, where = source.model_dump(mode="json"), "the job spec"
@@ -102,7 +109,7 @@ def load_spec(source: str | Path | Mapping[str, Any] | JobSpec, overrides: Seque
         data = parse_yaml(_read_text(where), where)
     for override in overrides:
         data = apply_override(data, override)
-    return parse_spec(data, where)
+    return data, where
 
 
 def located(spec: JobSpec) -> JobSpec:

@@ -14,6 +14,7 @@ from batchinfer.jobs.backends.local import LocalWorkers
 from batchinfer.jobs.backends.local import start_workers as start_local_workers
 from batchinfer.jobs.budget import asked_cap, slot_ns
 from batchinfer.jobs.folder import JobFolder, new_nonce
+from batchinfer.jobs.frames import FrameFile, frame_file, frame_spec
 from batchinfer.jobs.identity import check_same_budget, check_same_input, check_same_job, check_same_model
 from batchinfer.jobs.inspection import inspect_model
 from batchinfer.jobs.job import Job
@@ -59,14 +60,21 @@ def submit(
     spec: str | Path | Mapping[str, Any] | JobSpec,
     overrides: Sequence[str] = (),
     pilot: int | None = None,
+    input: object = None,
 ) -> Job:
     """Submit a job, or resume it, and start its workers, which outlive this process.
 
     ``spec`` is a file, a URI, a mapping or a JobSpec; ``overrides`` are ``a.b=value``. A new job is tried
-    with ``pilot`` rows first, and what they predict is kept with it (``Job.prediction``). Raises JobError,
-    ModelError or StorageError, one sentence each, before anything is spent.
+    with ``pilot`` rows first, and what they predict is kept with it (``Job.prediction``). ``input`` is a
+    pyarrow table, a pandas or polars frame, or whatever offers an Arrow stream, instead of ``input.uri``:
+    it is kept in the job's folder, and the same frame again resumes the job. Raises JobError, ModelError
+    or StorageError, one sentence each, before anything is spent.
     """
-    submitted = commit_job(load_spec(spec, overrides), pilot)
+    if input is None:
+        submitted = commit_job(load_spec(spec, overrides), pilot)
+    else:
+        with frame_file(input) as frame:
+            submitted = commit_job(frame_spec(spec, overrides, frame.digest), pilot, frame)
     if not submitted.complete:
         begin_work(submitted, attached=False)
     return submitted.job
@@ -121,9 +129,9 @@ def retry_job(
     return Submitted(spec, Job(uri, storage or spec.storage_options(), before), None, False), plan
 
 
-def commit_job(spec: JobSpec, pilot: int | None = None) -> Submitted:
+def commit_job(spec: JobSpec, pilot: int | None = None, frame: FrameFile | None = None) -> Submitted:
     """Put the job into its folder, or find it there; starts nothing. A new job is first tried with
-    ``pilot`` of its rows, and what they predict is kept with it.
+    ``pilot`` of its rows, and what they predict is kept with it; so is the ``frame`` that is its input.
 
     Raises JobError where the folder holds another job or something else, and for everything that
     ``make_plan`` sees.
@@ -137,6 +145,8 @@ def commit_job(spec: JobSpec, pilot: int | None = None) -> Submitted:
     if record is None:
         _check_empty(store)
         probe(store)
+        if frame is not None:
+            folder.keep_input(frame.digest, frame.path)
         plan = make_plan(spec)
         if pilot is not None:
             prediction = predict_by_pilot(plan, pilot)
