@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from batchinfer.engine.engine import Engine
     from batchinfer.engine.types import Completion, Request, SamplingParams
     from batchinfer.jobs.job import Job
+    from batchinfer.jobs.pipeline import MapBatches, map_batches
     from batchinfer.jobs.spec import JobSpec
     from batchinfer.jobs.submit import plan, submit
 
@@ -22,9 +23,11 @@ __all__ = [
     "Engine",
     "Job",
     "JobSpec",
+    "MapBatches",
     "Request",
     "SamplingParams",
     "__version__",
+    "map_batches",
     "plan",
     "submit",
 ]
@@ -34,8 +37,10 @@ _HOMES = {
     "Engine": "batchinfer.engine.engine",
     "Job": "batchinfer.jobs.job",
     "JobSpec": "batchinfer.jobs.spec",
+    "MapBatches": "batchinfer.jobs.pipeline",
     "Request": "batchinfer.engine.types",
     "SamplingParams": "batchinfer.engine.types",
+    "map_batches": "batchinfer.jobs.pipeline",
     "plan": "batchinfer.jobs.submit",
     "submit": "batchinfer.jobs.submit",
 }
