@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -71,6 +72,23 @@ class Figures:
             f"{self.faults:6}  {self.repeated:8}  {self.tokens:6}  {self.waste:5.1%}  "
             f"{self.tail_killed:9.2f} s  {self.tail_clean:8.2f} s  {self.seconds:7.1f}"
         )
+
+
+def totals(runs: Sequence[Figures]) -> str:
+    """A table of all runs, by store and engine."""
+    lines = [
+        "store    engine  runs  rows  faults  repeated  tokens  most waste  longest tail  seconds a run"
+    ]
+    for store, engine in sorted({(run.store, run.engine) for run in runs}):
+        some = [run for run in runs if (run.store, run.engine) == (store, engine)]
+        lines.append(
+            f"{store:7}  {engine:6}  {len(some):4}  {sum(run.rows for run in some):4}  "
+            f"{sum(run.faults for run in some):6}  {sum(run.repeated for run in some):8}  "
+            f"{sum(run.tokens for run in some):6}  {max(run.waste for run in some):10.1%}  "
+            f"{max(max(run.tail_killed, run.tail_clean) for run in some):10.2f} s  "
+            f"{sum(run.seconds for run in some) / len(some):13.1f}"
+        )
+    return "\n".join(lines)
 
 
 def inputs(rows: int) -> pa.Table:
