@@ -2,11 +2,11 @@
 
     python benchmarks/claims_at_scale.py --workers 2000 --shards 100000
 
-The claims are the project's own code; the store and the time are simulated: every request takes
-``--latency`` seconds and a page of a listing 1,000 keys, so a look at the folder is as old as it took, and
-two workers may want the same shard. Workers start within ``--ramp`` seconds, hold two shards each, and
-renew their leases; a shard takes ``--shard-seconds``, more or less. Some are preempted and replaced.
-Nobody helps at the tail.
+The claims and the summary are the project's own code; the store and the time are simulated: every request
+takes ``--latency`` seconds and a page of a listing 1,000 keys, so a look at the folder is as old as it
+took, and two workers may want the same shard. Workers start within ``--ramp`` seconds, hold two shards
+each, renew their leases and save their progress; a shard takes ``--shard-seconds``, more or less. Some are
+preempted and replaced. Those that are too many for the open shards leave. Nobody helps at the tail.
 Prices are those of Amazon S3: 0.005 USD for 1,000 writes or pages of listings, 0.0004 USD for 1,000 reads.
 """
 
@@ -17,8 +17,10 @@ import heapq
 import json
 import random
 import sys
+import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,23 +28,50 @@ from batchinfer.connectors.types import ObjectInfo
 from batchinfer.jobs.claims import LEASE_SECONDS, RENEWALS_PER_LEASE, Claims, Lease
 from batchinfer.jobs.feeder import FIRST_PATIENCE, PATIENCE_GROWTH
 from batchinfer.jobs.folder import ShardName
-from batchinfer.jobs.records import Claim
+from batchinfer.jobs.parallel import THREADS
+from batchinfer.jobs.records import Bill, Claim, PartFooter, WorkerRecord
+from batchinfer.jobs.summary import SummaryWriter
+from batchinfer.jobs.supervisor import Pace
 from batchinfer.jobs.workbench import OPEN_SHARDS
 
 USD = {"write": 5e-6, "list": 5e-6, "read": 4e-7}
 PAGE = 1000
+PERIODS = 40
+FLUSH_SECONDS = Pace().flush
+
+
+class Readers:
+    """A clock whose threads read side by side: what the first of them does takes a fraction of the time."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+
+    def condition(self) -> threading.Condition:
+        return threading.Condition()
+
+    def spawn(self, name: str, function: Callable[[], None]) -> Readers:
+        self._folder.latency /= THREADS
+        function()
+        self._folder.latency *= THREADS
+        return self
+
+    def join(self) -> None:
+        pass
 
 
 @dataclass
 class Folder:
-    """The claims and parts of a job, as one worker sees them when it is at ``at``: listings show the
-    folder as it was when they began, creates act at once."""
+    """What a job's folder holds, as one worker sees it when it is at ``at``: listings of claims show it as
+    it was when they began, all else acts and is seen at once."""
 
     latency: float
     at: float = 0.0
     claims: dict[str, dict[int, ObjectInfo]] = field(default_factory=dict)
     records: dict[tuple[str, int], Claim] = field(default_factory=dict)
-    parts: dict[ShardName, float] = field(default_factory=dict)
+    parts: dict[ShardName, ObjectInfo] = field(default_factory=dict)
+    workers: dict[str, ObjectInfo] = field(default_factory=dict)
+    states: dict[str, WorkerRecord] = field(default_factory=dict)
+    summary: bytes | None = None
     listed: dict[str, dict[int, ObjectInfo]] = field(default_factory=dict)
     unlisted: deque[tuple[float, str, int]] = field(default_factory=deque)
     requests: Counter[str] = field(default_factory=Counter)
@@ -58,11 +87,45 @@ class Folder:
             self.at += self.latency
             self.by_second[int(self.at)] += 1
 
-    def now(self) -> float:
-        """A heartbeat, and its time."""
+    @property
+    def clock(self) -> Readers:
+        return Readers(self)
+
+    def beat(self, worker: str, state: Any = "running") -> None:
         self.count("write")
+        self.workers[worker] = ObjectInfo(worker, 1000, str(self.at), self.at)
+        if worker not in self.states or self.states[worker].state != state:
+            self.states[worker] = WorkerRecord(
+                worker=worker, state=state, beat=0, usd_per_hour=1.0, bill=Bill(rows=1), started=""
+            )
+
+    def now(self, worker: str) -> float:
+        """A heartbeat, and its time."""
+        self.beat(worker)
         self.count("read")
         return self.at
+
+    def list_workers(self) -> dict[str, ObjectInfo]:
+        self.count("list", 1 + len(self.workers) // PAGE)
+        return self.workers
+
+    def read_worker(self, worker: str) -> WorkerRecord:
+        self.count("read")
+        return self.states[worker]
+
+    def read_footer(self, shard: ShardName, size: int) -> PartFooter:
+        self.count("read")
+        return PartFooter(nonce="n", worker="w", rows=1, nanoseconds={"w": 1})
+
+    def read_summary(self) -> bytes:
+        self.count("read")
+        if self.summary is None:
+            raise FileNotFoundError
+        return self.summary
+
+    def write_summary(self, data: bytes) -> None:
+        self.count("write")
+        self.summary = data
 
     def list_leases(self) -> tuple[dict[str, dict[int, ObjectInfo]], dict[str, dict[int, ObjectInfo]]]:
         self.looks += 1
@@ -73,7 +136,7 @@ class Folder:
         self.count("list", 1 + len(self.listed) // PAGE)
         return self.listed, {}
 
-    def committed(self) -> dict[ShardName, float]:
+    def committed(self) -> dict[ShardName, ObjectInfo]:
         self.count("list", 1 + len(self.parts) // PAGE)
         return self.parts
 
@@ -116,10 +179,16 @@ class Worker:
 
     def __init__(self, folder: Folder, shards: list[ShardName], name: str) -> None:
         view: Any = folder
-        self.claims = Claims(view, shards, name, folder.now)
+        self.name = name
+        self.claims = Claims(view, shards, name, lambda: folder.now(name))
+        pace = Pace()
+        self.summary = SummaryWriter(
+            view, name, lambda: shards, 1, pace.lease, pace.summary_shards, pace.summary_others
+        )
         self.leases: dict[ShardName, Lease] = {}
         self.patience = FIRST_PATIENCE
         self.alive = True
+        self.saved = 0.0
         self.free_at = 0.0
         """When its engine, which does one shard after the other, will be done with those it has."""
 
@@ -134,6 +203,7 @@ def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
     renewal = LEASE_SECONDS / RENEWALS_PER_LEASE
     idle_seconds = 0.0
     ended = 0.0
+    summary_requests = too_many = 0
 
     def plan(at: float, what: str, worker: Worker, about: Any = None) -> None:
         heapq.heappush(events, (at, next(numbers), what, worker, about))
@@ -145,6 +215,14 @@ def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
         if chance.random() < arguments.preempted:
             whole = arguments.shards / arguments.workers * arguments.shard_seconds
             plan(at + chance.uniform(0, whole), "preempt", worker)
+
+    def leave(worker: Worker) -> None:
+        nonlocal summary_requests
+        worker.alive = False
+        folder.beat(worker.name, "left")
+        before = folder.requests.total()
+        worker.summary.leave()
+        summary_requests += folder.requests.total() - before
 
     for _ in range(arguments.workers):
         hire(chance.uniform(0, arguments.ramp))
@@ -169,8 +247,11 @@ def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
                 plan(worker.free_at, "done", worker, lease.shard)
             if len(worker.leases) == OPEN_SHARDS:
                 continue
-            if worker.claims.all_committed():
-                worker.alive = False
+            done = worker.claims.all_committed()
+            surplus = not done and not worker.leases and worker.claims.is_surplus()
+            if done or surplus:
+                too_many += surplus
+                leave(worker)
                 continue
             wait = min(worker.patience, renewal)
             worker.patience *= PATIENCE_GROWTH
@@ -180,24 +261,38 @@ def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
         elif what == "done":
             waiting = len(worker.leases) < OPEN_SHARDS
             lease = worker.leases.pop(about)
-            folder.count("write", 2)  # heartbeat, part
+            folder.beat(worker.name)
+            folder.count("write")  # part
             folder.count("list")
             if about not in folder.parts:
-                folder.parts[about] = folder.at
+                folder.parts[about] = ObjectInfo(about.part, 1000, "", folder.at)
             ended = folder.at
+            before = folder.requests.total()
+            worker.summary.committed(about)
+            summary_requests += folder.requests.total() - before
             if not waiting:
                 plan(folder.at, "claim", worker)
         elif what == "renew":
             for lease in worker.leases.values():
                 worker.claims.renew(lease)
-            folder.count("write")
-            folder.count("list")
+            folder.beat(worker.name)
+            folder.count("list")  # control
+            if worker.leases and folder.at - worker.saved >= FLUSH_SECONDS - 1:
+                worker.saved = folder.at
+                folder.beat(worker.name)
+                folder.count("write", 2)  # finished rows, and what is in flight
+                folder.count("list", len(worker.leases))  # what others have saved
             plan(at + renewal, "renew", worker)
         else:
             worker.alive = False
             hire(at + arguments.ramp)
     assert len(folder.parts) == arguments.shards
-    rates = sorted(folder.by_second[second] for second in range(int(ended) + 1))
+    found = json.loads(folder.summary or b"{}")
+    assert found["complete"]
+    assert len(found["workers"]) == len(folder.workers)
+    by_time = [folder.by_second[second] for second in range(max(folder.by_second) + 1)]
+    rates, period = sorted(by_time), -(-len(by_time) // PERIODS)
+    periods = [by_time[start : start + period] for start in range(0, len(by_time), period)]
     usd = sum(USD[kind] * number for kind, number in folder.requests.items())
     fleet_hours = arguments.workers * ended / 3600
     return {
@@ -206,6 +301,8 @@ def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
         "hours": ended / 3600,
         "claims_per_useful_shard": folder.creates / arguments.shards,
         "claims_lost": folder.creates - folder.won,
+        "left_as_too_many": too_many,
+        "requests_for_the_summary": summary_requests,
         "looks_per_worker": folder.looks / arguments.workers,
         "longest_look_seconds": folder.longest_look,
         "requests": dict(folder.requests),
@@ -215,7 +312,12 @@ def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
             "median": rates[len(rates) // 2],
             "p99": rates[int(len(rates) * 0.99)],
             "most": rates[-1],
+            "most_after_the_start": max(by_time[int(arguments.ramp) + 60 :]),
         },
+        "seconds_a_period": period,
+        "mean_and_most_requests_per_second_by_period": [
+            [round(sum(seconds) / len(seconds)), max(seconds)] for seconds in periods
+        ],
         "usd": usd,
         "usd_per_worker_hour": usd / fleet_hours,
         "idle_share": idle_seconds / (arguments.workers * ended),
