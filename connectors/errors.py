@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -97,10 +98,13 @@ def translate(error: Exception, uri: str) -> Exception:
     if code == "PreconditionFailed" or status == 412 or isinstance(error, FileExistsError):
         return AlreadyExists(f"{uri}: the object exists already")
     if code in {"NoSuchBucket", "InvalidBucketName"} or "ParamValidationError" in names:
-        return StorageError(f"{uri}: there is no such bucket; create it or correct the address")
+        return StorageError(
+            f"{uri}: there is no such bucket; create it or correct the address{_elsewhere(uri)}"
+        )
     if code in {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken"}:
         return StorageError(
-            f"{uri}: the store does not accept the credentials ({code}); renew or correct them"
+            f"{uri}: the store does not accept the credentials ({code}); renew or correct "
+            f"them{_elsewhere(uri)}"
         )
     if names & _NO_CREDENTIALS or "Unable to locate credentials" in str(error):
         return StorageError(
@@ -119,7 +123,8 @@ def translate(error: Exception, uri: str) -> Exception:
         return FileNotFoundError(f"{uri}: there is no such object")
     if status == 0 and (names & _CONNECTION or isinstance(error, ConnectionError)):
         return TransientStorageError(
-            f"{uri}: the store can't be reached ({_one_line(error)}); check endpoint_url and the network"
+            f"{uri}: the store can't be reached ({_one_line(error)}); check endpoint_url and the "
+            f"network{_elsewhere(uri)}"
         )
     if isinstance(error, OSError):
         return _from_errno(error, uri)
@@ -128,6 +133,13 @@ def translate(error: Exception, uri: str) -> Exception:
     if isinstance(error, ValueError) and "endpoint" in str(error).lower():
         return StorageError(f"{uri}: endpoint_url is no address of a store ({_one_line(error)})")
     return error
+
+
+def _elsewhere(uri: str) -> str:
+    """What to try where only a job's address was given: the spec that names the endpoint is behind it."""
+    if uri.startswith(("s3://", "s3a://")) and "AWS_ENDPOINT_URL" not in os.environ:
+        return ", or set AWS_ENDPOINT_URL where the store is not AWS's own"
+    return ""
 
 
 def _from_errno(error: OSError, uri: str) -> Exception:

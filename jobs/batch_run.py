@@ -6,15 +6,18 @@ on with the rows that are missing. It is deleted when the output is there.
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import hashlib
 import os
 import shutil
+import socket
 import tempfile
+import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -30,7 +33,7 @@ from batchinfer.jobs.folder import JobFolder
 from batchinfer.jobs.live import follow
 from batchinfer.jobs.models import cache_folder
 from batchinfer.jobs.spec import JobSpec, parse_spec
-from batchinfer.jobs.status import JobStatus, runs_here
+from batchinfer.jobs.status import SUBMIT_AGAIN, JobStatus, living, runs_here
 from batchinfer.jobs.submit import Submitted, commit_job
 from batchinfer.jobs.types import JobError
 from batchinfer.jobs.view import submit_lines
@@ -59,12 +62,18 @@ def run_batch(
     ModelError or StorageError where it can't be done as asked.
     """
     output = normalize_uri(output_uri)
+    with _alone(output):
+        return _run(input_uri, output, model, say)
+
+
+def _run(input_uri: str, output: str, model: Mapping[str, Any], say: Callable[[str], None]) -> BatchResult:
     folder = JobFolder(open_store(f"{output}.job"))
     if folder.read_job() is None:
         folder.remove()  # what an interrupted removal left
         resumed = False
     else:
         resumed = True
+        _refuse_other_hosts(folder, output)
     with _local_copy(input_uri, output) as source:
         spec = parse_spec(
             {
@@ -91,13 +100,45 @@ def run_batch(
         status = submitted.job.status() if submitted.complete else _work(submitted)
         job = submitted.job
         if status.state != "done":
-            return BatchResult(status, job.bill())
+            message = status.message.replace(SUBMIT_AGAIN, "run it again to go on")
+            return BatchResult(replace(status, message=message), job.bill())
         counts = _Counts()
         _write(output, counts.counted(answer_lines(job)))
         result = BatchResult(status, job.bill(), counts.answered, counts.failed, counts.repeated)
         folder.remove()
     _remove_empty_folders(folder.uri)
     return result
+
+
+@contextmanager
+def _alone(output: str) -> Iterator[None]:
+    """Hold the output for this process, as far as this machine goes: the system lets go of it with the
+    process, however that ends."""
+    folder = cache_folder() / "runs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / hashlib.sha256(output.encode()).hexdigest()[:16], "w")  # noqa: SIM115
+    except OSError as error:
+        raise JobError(
+            f"{folder} can't be written ({error.strerror}): set BATCHINFER_CACHE to a folder that can"
+        ) from None
+    with lock as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise JobError(_taken(output, "this machine")) from None
+        yield
+
+
+def _refuse_other_hosts(folder: JobFolder, output: str) -> None:
+    """Raise JobError where a worker of another machine is at the run."""
+    for worker in living(list(folder.read_workers()), time.time()):
+        if worker.host != socket.gethostname():
+            raise JobError(_taken(output, worker.host))
+
+
+def _taken(output: str, host: str) -> str:
+    return f"another run-batch for {output} is at work on {host}: wait for it to end, or give another -o"
 
 
 def _work(submitted: Submitted) -> JobStatus:

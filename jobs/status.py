@@ -27,6 +27,8 @@ from batchinfer.jobs.types import JobError
 
 State = Literal["starting", "running", "done", "cancelled", "failed", "stalled", "budget"]
 
+SUBMIT_AGAIN = "submit again to go on"
+
 # A worker whose heartbeat is older is taken for dead; the leases of a dead worker end by then.
 ALIVE_SECONDS = 60.0
 # How long a submitted job may be without any worker before it counts as stalled.
@@ -253,7 +255,7 @@ class StatusReader:
             started = any(record.state != "starting" for record in alive)
             return ("running" if started else "starting"), "", 0
         if control.state == "cancel":
-            return "cancelled", "submit again to go on", 77
+            return "cancelled", SUBMIT_AGAIN, 77
         if control.state == "stop":
             return "failed", control.message, 77
         own = [(modified, record) for record, modified in workers if record.worker not in self._before]
@@ -268,7 +270,7 @@ class StatusReader:
             return "budget", "", 77
         if not own and self._now() - self._since < START_SECONDS:
             return "starting", "", 0
-        return "stalled", "no worker is alive: submit again to go on", 75
+        return "stalled", f"no worker is alive: {SUBMIT_AGAIN}", 75
 
 
 def living(beats: Sequence[tuple[WorkerRecord, float]], now: float) -> list[WorkerRecord]:

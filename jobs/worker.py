@@ -80,7 +80,8 @@ def run_worker(
     except (JobError, StorageError) as error:
         logger.error("%s", error)
         code = EXIT_JOB
-    log_event(logger, "exit", f"leaving with exit code {code}", exit_code=code)
+    if log_format is LogFormat.JSON:  # a log for people ends with the reason
+        log_event(logger, "exit", f"leaving with exit code {code}", exit_code=code)
     return code
 
 

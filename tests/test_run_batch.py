@@ -22,6 +22,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from filled_jobs import Filled
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming as ChatParams
@@ -254,6 +255,36 @@ def test_a_run_that_is_interrupted_goes_on_where_it_was(
     # A worker that is told to leave saves what it has: no token is computed twice.
     assert set(decoded(environment).values()) == {1}
     assert not Path("out.jsonl.job").exists()
+
+
+@pytest.mark.chaos
+def test_a_second_run_for_an_output_is_refused_while_the_first_is_at_it(
+    run: Callable[..., Ran], environment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = written(environment / "in.jsonl", [chat(str(row)) for row in range(40)])
+    monkeypatch.setenv("FAKE_STEP", "0.1")
+    monkeypatch.setenv("FAKE_TOKENS", "40")
+    first = subprocess.Popen(python_command("batchinfer", *batch(source, "out.jsonl")))
+    try:
+        until(lambda: len(decoded(environment)) > 20, "decoding")
+        for _ in range(2):
+            ran = run(*batch(source, "out.jsonl"), code=78)
+            assert "out.jsonl is at work on this machine: wait for it to end" in ran.err
+        assert first.wait(WAIT) == 0
+    finally:
+        first.kill()
+        first.wait()
+    lines = lines_of((environment / "out.jsonl").read_bytes())
+    assert [choices_of(line) for line in lines] == [[fake_engine.text_of(row, 0)] for row in range(40)]
+    assert not Path("out.jsonl.job").exists()
+
+
+def test_a_run_of_another_machine_is_not_disturbed(run: Callable[..., Ran], environment: Path) -> None:
+    source = written(environment / "in.jsonl", [chat("a")])
+    theirs = Filled(str(environment / "out.jsonl.job"))
+    theirs.beat(host="another-machine")
+    ran = run(*batch(source, "out.jsonl"), code=78)
+    assert "out.jsonl is at work on another-machine" in ran.err
 
 
 def test_other_settings_do_not_mix_into_an_interrupted_run(
