@@ -108,6 +108,17 @@ class TestTotals:
         found = total_range([100.0], [[48] * 32], 100, 4800)
         assert found.p10 < 4790 < found.p50 == found.p90 == 4800
 
+    def test_what_was_seen_is_no_noise(self) -> None:
+        seen = [[float(value) for value in range(40)]]
+        half, little = total_range([80], seen, 0, 10**6), total_range([8000], seen, 0, 10**6)
+        assert (half.p90 - half.p10) / 80 < 0.8 * (little.p90 - little.p10) / 8000
+
+    def test_a_long_tail_bends_the_range_upwards(self) -> None:
+        seen = [[10, 12, 14, 300], [11, 13, 20, 40], [9, 10, 60, 12], [13, 15, 17, 100]]
+        found = total_range([1000] * 4, seen, 0, 10**6)
+        mean = 250.0 * sum(map(sum, seen))
+        assert found.p90 - mean > 1.5 * (mean - found.p10)
+
     def test_quantiles_of_student(self) -> None:
         for freedom, exact in ((2, 1.8856), (5, 1.4759), (10, 1.3722), (24, 1.3178), (1000, 1.2824)):
             assert t_quantile(0.9, freedom) == pytest.approx(exact, rel=0.01)
@@ -241,6 +252,12 @@ class TestTime:
         assert engine_seconds(tokens, shards) >= least - 1e-6
         prompts = Rates(startup=0, prefill=1.0, decode=(), attention=0, max_rows=4, capacity=capacity)
         assert engine_seconds(prompts, shards) == pytest.approx(sum(load.computed for load in every))
+
+    def test_rows_one_after_another_take_what_each_takes(self) -> None:
+        alone = Rates(startup=0, prefill=1e-3, decode=((1, 0.01),), attention=1e-5, max_rows=1, capacity=0)
+        first, second = Load(5000, 6000, 30), Load(10, 500, 7)
+        both = engine_seconds(alone, [[first], [second]])
+        assert both == pytest.approx(engine_seconds(alone, [[first]]) + engine_seconds(alone, [[second]]))
 
     def test_whoever_is_free_takes_the_next_shard(self) -> None:
         shards = [[Load(1000, 1000, 10)], *([Load(10, 10, 2)] for _ in range(5))]
