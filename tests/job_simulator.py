@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 import simulated_budget
 import simulated_people
 from simulated_engine import SimEngine, crashing, rejected, stalling, unreadable, unrendered, words
-from simulated_retry import PlainStore, check_rounds, heals
+from simulated_retry import PlainStore, check_rounds, heals, retried_rows
 from simulated_store import CALLS, FAULTS, FaultPlan, Faults, SimStore
 from simulated_world import SECOND, Broken, Process, SimClock, World
 
@@ -84,7 +84,6 @@ class Simulation:
         self.supervisors: dict[str, Supervisor] = {}
         self._failures_left = 2
         self.rounds = 0
-        self.retried: set[int] = set()
         self.people = 0
         self.prices: dict[str, float] = {}
         if self.budget is not None:
@@ -103,7 +102,7 @@ class Simulation:
         self.record = simulated_people.submit(self)
 
     def rejects(self, row: int) -> bool:
-        return rejected(row) and not (row in self.retried and heals(row))
+        return rejected(row) and not (heals(row) and row in retried_rows(self.world))
 
     def expected_code(self, row: int) -> str:
         """What must become of a row."""

@@ -36,7 +36,6 @@ class Job(Protocol):
     first: Sequence[Shard]
     retries: int
     rounds: int
-    retried: set[int]
 
 
 def _person(simulation: Job, what: str, act: Callable[[JobFolder], None]) -> SimThread:
@@ -86,7 +85,7 @@ def retry(simulation: Job, record: JobRecord) -> bool:
     if simulation.retries == 0 or not failures_now(folder):
         return False
     simulation.retries -= 1
-    begun: list[RoundPlan] = []
+    begun: dict[int, RoundPlan] = {}
 
     def begin(folder: JobFolder) -> None:
         codes = chance.choice([("too_long",), ("too_long", "bad_line"), ()])
@@ -97,7 +96,9 @@ def retry(simulation: Job, record: JobRecord) -> bool:
             if not any(words in str(error) for words in _EXPECTED):
                 raise Broken(str(error)) from error
             return
-        begun.append(plan)
+        if number in begun:
+            raise Broken(f"two people think that round {number} is theirs")
+        begun[number] = plan
         simulation.world.log(f"round {number} begins, of {plan.rows} rows")
         if folder.read_control().state != "run":
             folder.append_control(lambda control: replace(control, state="run"))
@@ -105,17 +106,15 @@ def retry(simulation: Job, record: JobRecord) -> bool:
     people = [_person(simulation, "retry", begin) for _ in range(2)]
     for person in people:
         person.join()
+    # Workers that were still there may have done all of one round before the second person looked.
     rounds = folder.list_rounds()
-    if len(rounds) not in (simulation.rounds, simulation.rounds + 1):
-        raise Broken(f"two people have begun the rounds {rounds}")
-    if len(rounds) == simulation.rounds:
-        return False
-    simulation.rounds += 1
-    plan = folder.read_round(simulation.rounds)
-    assert plan is not None
-    simulation.retried |= {row.row_index for shard in plan.shards for row in shard}
-    if begun and begun != [plan]:
-        raise Broken(f"{len(begun)} people think that round {simulation.rounds} is theirs")
-    shards: Any = round_shards(folder, simulation.first, simulation.rounds)
-    simulation.job.update(shards)
-    return True
+    if rounds != list(range(1, len(rounds) + 1)) or len(rounds) > simulation.rounds + 2:
+        raise Broken(f"two people have begun the rounds {rounds}, after {simulation.rounds}")
+    if any(plan != folder.read_round(number) for number, plan in begun.items()):
+        raise Broken(f"somebody's round {list(begun)} is another one's")
+    new = rounds[simulation.rounds :]
+    for number in new:
+        shards: Any = round_shards(folder, simulation.first, number)
+        simulation.job.update(shards)
+    simulation.rounds = len(rounds)
+    return bool(new)

@@ -65,6 +65,13 @@ def failures_now(folder: JobFolder) -> dict[int, tuple[ShardName, Failure]]:
         raise Broken(f"{error} is missing") from error
 
 
+def retried_rows(world: World) -> set[int]:
+    """The rows that some retry round tries again."""
+    folder = JobFolder(PlainStore(world))
+    plans = [folder.read_round(number) for number in folder.list_rounds()]
+    return {row.row_index for plan in plans for row in _rows(plan)}
+
+
 def check_rounds(simulation: Job) -> Mapping[int, Failure]:
     """The failures that are left, each with as many attempts as there were rounds for its row."""
     folder = JobFolder(PlainStore(simulation.world))
