@@ -79,7 +79,8 @@ class JobRecord:
 class Control:
     """What a person last asked of the job (control/NNNN.json); None leaves the spec's value.
 
-    ``placed`` holds the options of backends that later submits asked for workers, by backend.
+    ``placed`` holds the options of backends that later submits asked for workers, by backend;
+    ``placing`` is the last submit's ``workers``, where they are not the spec's.
     ``failures`` are the failure limits that a later submit asked for. ``stop`` is the state of a job that
     has stopped itself, ``message`` why; a submit lets it run again. ``slot_ns`` is the worker time of
     a slot of the budget, where the job began without one.
@@ -91,6 +92,7 @@ class Control:
     max_usd: float | None = None
     max_worker_hours: float | None = None
     placed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    placing: Mapping[str, Any] | None = None
     failures: Mapping[str, Any] | None = None
     slot_ns: int | None = None
     message: str = ""

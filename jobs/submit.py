@@ -118,14 +118,16 @@ def retry_job(
 ) -> tuple[Submitted, RoundPlan]:
     """Begin a retry round of the job at ``uri`` (see ``Job.begin_retry``); starts no worker.
 
-    ``workers`` is how many are to be started, as many as the job's where it is None.
+    Its workers are those that the last submit asked for, of its backend and with its options; ``workers``
+    is how many are to be started, as many as then where it is None.
     """
     job = Job(uri, storage, before=())
     before = {worker.worker for worker in job.workers()}
-    spec = parse_spec(job.record.spec, f"the job in {job.uri}")
+    stored = job.record.spec
+    asked = JobFolder(open_store(job.uri, storage)).read_control().placing or stored.get("workers", {})
+    asked = {**asked, "count": workers} if workers else asked
+    spec = parse_spec({**stored, "workers": asked}, f"the job in {job.uri}")
     _, plan = job.begin_retry(codes)
-    count = workers or JobFolder(open_store(job.uri, storage)).read_control().workers or spec.workers.count
-    spec = spec.model_copy(update={"workers": spec.workers.model_copy(update={"count": count})})
     return Submitted(spec, Job(uri, storage or spec.storage_options(), before), None, False), plan
 
 
@@ -231,6 +233,7 @@ def _append_changes(folder: JobFolder, record: JobRecord, spec: JobSpec) -> None
         slot_ns=current.slot_ns or _slot_of_new_budget(stored, spec),
         message="",
         placed={**current.placed, **(placed_options(spec) if spec.workers != stored.workers else {})},
+        placing=spec.workers.model_dump(mode="json") if spec.workers != stored.workers else None,
         workers=spec.workers.count if spec.workers.count != stored.workers.count else None,
         usd_per_hour=spec.price.usd_per_hour if spec.price != stored.price else None,
         max_usd=_changed(stored.budget.max_usd, spec.budget.max_usd),

@@ -25,10 +25,11 @@ from batchinfer.jobs.backends.options import OptionsSpec
 from batchinfer.jobs.backends.request import Active, Place, Request
 from batchinfer.jobs.backends.service import SERVICES
 from batchinfer.jobs.inspection import InspectedModel, _check_formats
+from batchinfer.jobs.job import Job
 from batchinfer.jobs.placement import check_placeable, show_request
 from batchinfer.jobs.spec import parse_spec
 from batchinfer.jobs.spec_source import load_spec
-from batchinfer.jobs.submit import begin_work, commit_job
+from batchinfer.jobs.submit import begin_work, commit_job, retry_job
 from batchinfer.jobs.types import JobError
 
 ROOT = Path(__file__).parent.parent
@@ -177,6 +178,27 @@ def test_a_job_remembers_the_services_of_later_submits(
     assert submitted.job.cancel() == []
     [place] = service.cancelled
     assert place.uri == submitted.job.uri and place.options.slurm.partition == "night"
+
+
+def test_a_retry_is_placed_as_the_last_submit_was(
+    submit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = PlayedService(monkeypatch)
+    monkeypatch.setattr(Job, "begin_retry", lambda job, codes: (1, None))
+    uri = submit(gpus=0, cpus=1.0).job.uri
+
+    def retried(workers: int | None = None) -> Any:
+        return retry_job(uri, (), workers)[0]
+
+    assert retried().spec.workers.backend == "local"
+    submit(gpus=0, backend="slurm", count=5, cpus=3.0, options={"slurm": {"partition": "night"}})
+    begin_work(retried(), attached=False)
+    begin_work(retried(2), attached=False)
+    assert [request.count for request in service.asked] == [5, 2]
+    for request in service.asked:
+        assert (request.workers.cpus, request.place.options.slurm.partition) == (3.0, "night")
+    submit(gpus=0, cpus=1.0)
+    assert (retried().spec.workers.backend, retried(3).spec.workers.count) == ("local", 3)
 
 
 def test_a_service_that_can_not_be_told_leaves_the_job_cancelled(
