@@ -250,6 +250,20 @@ def test_an_exact_fit_is_shared() -> None:
     step.check()
 
 
+def test_a_batch_may_change_in_place() -> None:
+    """A recorded step keeps its tensors: what is shared is found again for every first layer."""
+    step = Step([600, 600, 550], [1, 1, 1], size=16, parents=[0, 0, 2], shared=[0, SPLIT, 0])
+    for pages in (step.cache.keys, step.cache.values, step.expected_cache.keys, step.expected_cache.values):
+        pages[0] = pages[1]
+    for _ in range(2):
+        got = OPS.attention(step.q, step.cache, 0, step.batch, 0.25, 0, 0.0)
+        expected = REFERENCE.attention(step.q, step.expected_cache, 0, step.batch, 0.25, 0, 0.0)
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
+        # The second sequence now shares with the third.
+        blocks = SPLIT // BLOCK
+        step.batch.block_tables[1, :blocks] = step.batch.block_tables[2, :blocks]
+
+
 def test_a_token_depends_on_its_own_sequence_alone() -> None:
     """To the bit, whatever stands beside it, wherever its blocks lie."""
     alone = Step([700, 90], [1, 40], heads=4, size=32)

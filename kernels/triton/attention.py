@@ -237,7 +237,7 @@ def decode_kernel(
             FP8,
             PRECISION,
         )
-        only = (seen_from // size) == ((context - 1) // size)
+        others = (context - 1) // size - seen_from // size
         store_rows(
             best,
             total,
@@ -249,7 +249,7 @@ def decode_kernel(
             rows * 0 + sequence,
             head,
             valid,
-            valid & only,
+            rows * 0 + others == 0,
             split,
             splits,
             value_scale,
