@@ -99,7 +99,7 @@ def _polars_rows(frame: Any) -> BatchRows:
     import polars
 
     def joined(names: list[str], places: Sequence[int], added: pa.Table) -> Any:
-        return frame.select(names)[list(places)].hstack(polars.from_arrow(added).get_columns())
+        return frame.select(names)[list(places)].hstack(polars.DataFrame(added).get_columns())
 
     table = frame.to_arrow()
     return BatchRows(frame.height, table.schema, table.select, joined)

@@ -85,7 +85,9 @@ def frame_file(frame: object) -> Iterator[FrameFile]:
         yield FrameFile(path, digest.hexdigest())
 
 
-def frame_spec(source: str | Path | Mapping[str, Any], overrides: Sequence[str], digest: str) -> JobSpec:
+def frame_spec(
+    source: str | Path | Mapping[str, Any] | JobSpec, overrides: Sequence[str], digest: str
+) -> JobSpec:
     """The spec of a job whose input is the frame with this digest, in the job's folder.
 
     ``source`` says everything but ``input.uri`` and ``input.format``. Raises JobError like ``load_spec``,
