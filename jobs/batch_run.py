@@ -33,7 +33,7 @@ from batchinfer.jobs.folder import JobFolder
 from batchinfer.jobs.live import follow
 from batchinfer.jobs.models import cache_folder
 from batchinfer.jobs.spec import JobSpec, parse_spec
-from batchinfer.jobs.status import SUBMIT_AGAIN, JobStatus, living, runs_here
+from batchinfer.jobs.status import JobStatus, living, runs_here
 from batchinfer.jobs.submit import Submitted, commit_job
 from batchinfer.jobs.types import JobError
 from batchinfer.jobs.view import submit_lines
@@ -100,7 +100,7 @@ def _run(input_uri: str, output: str, model: Mapping[str, Any], say: Callable[[s
         status = submitted.job.status() if submitted.complete else _work(submitted)
         job = submitted.job
         if status.state != "done":
-            message = status.message.replace(SUBMIT_AGAIN, "run it again to go on")
+            message = status.message.replace("submit again", "run it again")
             return BatchResult(replace(status, message=message), job.bill())
         counts = _Counts()
         _write(output, counts.counted(answer_lines(job)))

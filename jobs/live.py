@@ -17,7 +17,7 @@ from rich.text import Text
 from batchinfer.jobs.backends.local import LocalWorkers
 from batchinfer.jobs.events import LogFormat, print_event
 from batchinfer.jobs.job import Job
-from batchinfer.jobs.status import SUBMIT_AGAIN, JobStatus
+from batchinfer.jobs.status import JobStatus
 from batchinfer.jobs.view import progress_figures, status_fields, status_line
 
 REFRESH_SECONDS = 2.0
@@ -62,7 +62,7 @@ def _with_last_words(status: JobStatus, workers: LocalWorkers) -> JobStatus:
     code = next((code for code in (78, 70, 77, 75) if code in ended), None)
     if code is None:
         return status
-    words = _last_sentence(ended[code]) or f"{ended[code]} says why; {SUBMIT_AGAIN}"
+    words = _last_sentence(ended[code]) or f"{ended[code]} says why; submit again to go on"
     message = f"a worker ended with exit code {code}: {words}"
     return replace(status, state="failed" if code != 75 else "stalled", message=message, exit_code=code)
 

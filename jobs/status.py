@@ -27,8 +27,6 @@ from batchinfer.jobs.types import JobError
 
 State = Literal["starting", "running", "done", "cancelled", "failed", "stalled", "budget"]
 
-SUBMIT_AGAIN = "submit again to go on"
-
 # A worker whose heartbeat is older is taken for dead; the leases of a dead worker end by then.
 ALIVE_SECONDS = 60.0
 # How long a submitted job may be without any worker before it counts as stalled.
@@ -178,8 +176,9 @@ class StatusReader:
         return int(self.record.spec.get("sampling", {}).get("n", 1))
 
     def _read_footers(self) -> None:
-        new = [shard for shard in self._folder.committed() if shard not in self.footers]
-        self.footers |= _read_all(self._folder.read_footer, new)
+        parts = self._folder.committed()
+        new = [shard for shard in parts if shard not in self.footers]
+        self.footers |= _read_all(lambda shard: self._folder.read_footer(shard, parts[shard].size), new)
 
     def _rows(self, shards: Iterable[ShardName]) -> tuple[int, Counter[str], int]:
         """How many rows are answered, how many have failed for now, by code, and how many of these a
@@ -255,7 +254,7 @@ class StatusReader:
             started = any(record.state != "starting" for record in alive)
             return ("running" if started else "starting"), "", 0
         if control.state == "cancel":
-            return "cancelled", SUBMIT_AGAIN, 77
+            return "cancelled", "submit again to go on", 77
         if control.state == "stop":
             return "failed", control.message, 77
         own = [(modified, record) for record, modified in workers if record.worker not in self._before]
@@ -270,7 +269,7 @@ class StatusReader:
             return "budget", "", 77
         if not own and self._now() - self._since < START_SECONDS:
             return "starting", "", 0
-        return "stalled", f"no worker is alive: {SUBMIT_AGAIN}", 75
+        return "stalled", "no worker is alive: submit again to go on", 75
 
 
 def living(beats: Sequence[tuple[WorkerRecord, float]], now: float) -> list[WorkerRecord]:
