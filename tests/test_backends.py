@@ -225,7 +225,7 @@ def test_a_spec_that_its_service_refuses_makes_no_job(submit: Callable[..., Any]
 def test_a_worker_takes_its_number_from_its_service(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     monkeypatch.setattr(
-        "batchinfer.jobs.worker.run_worker", lambda uri, usd_per_hour, index: found.append(index) or 0
+        "batchinfer.jobs.worker.run_worker", lambda uri, usd_per_hour, index, *_: found.append(index) or 0
     )
     for number in ("3", "0"):
         done = CliRunner().invoke(app, ["worker", "out"], env={name: number})
