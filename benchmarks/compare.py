@@ -7,6 +7,10 @@ Both engines load once, each in a process of its own, and run every data set ``-
 that whatever else the machine does meets both. A figure is the median; ``others`` is the share of the
 machine that other processes took during a run, at its worst: where that is more than a few hundredths the
 figures are not to be trusted. ``--peer batchinfer`` with ``--peer-settings`` compares two settings of ours.
+
+A line of a Markdown table is printed on stdout as each data set is done, and ``--json FILE`` is written
+anew then: what is measured is kept if the run is ended early, an unfinished data set with the turns it has.
+LD_PRELOAD, by which some peers bring an allocator and an OpenMP runtime, is the peer's alone.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ class Runner:
 
     def __init__(self, name: str, python: str, model: str, settings: str, threads: int) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        if name == "batchinfer":
+            environment.pop("LD_PRELOAD", None)
         command = [python, "-P", str(RUNNERS), name, model, settings]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -69,7 +75,7 @@ def _cpu_seconds(process: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Measure and print one JSON document."""
+    """Measure, and print a line a data set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("datasets", nargs="+", type=Path)
     parser.add_argument("--model", required=True)
@@ -80,6 +86,7 @@ def main() -> None:
     parser.add_argument("--peer-settings", default="{}", help="JSON, for the peer's engine")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path, help="where to write all figures")
     options = parser.parse_args()
     peer_model = options.peer_model or options.model
     runners = {
@@ -88,29 +95,53 @@ def main() -> None:
             options.peer, options.peer_python, peer_model, options.peer_settings, options.threads
         ),
     }
-    report: dict[str, Any] = {"peer": options.peer, "threads": options.threads}
+    report: dict[str, Any] = {"peer": options.peer, "threads": options.threads, "datasets": {}}
     report["load_seconds"] = {side: runner.load_seconds for side, runner in runners.items()}
-    for dataset in options.datasets:
-        rates: dict[str, list[float]] = {side: [] for side in runners}
-        others, samples = 0.0, {}
-        for _ in range(options.runs):
-            for side, runner in runners.items():
-                result = runner.run(dataset)
-                rates[side].append(result["output_tokens"] / result["seconds"])
-                samples[side] = result["sample"]
-                others = max(others, result["others"])
-                print(f"{dataset.stem}: {side} {rates[side][-1]:.1f} tok/s", file=sys.stderr)
-        median = {side: statistics.median(values) for side, values in rates.items()}
-        report[dataset.stem] = {
-            "output_tok_per_s": {side: round(value, 1) for side, value in median.items()},
-            "ratio": round(median["ours"] / median["peer"], 3),
-            "runs": {side: [round(value, 1) for value in values] for side, values in rates.items()},
-            "others": round(others, 3),
-            "samples": samples,
-        }
+    print(f"| output tok/s, median of {options.runs} | ours | {options.peer} | ratio | others |")
+    print("|---|---|---|---|---|", flush=True)
+    try:
+        for dataset in options.datasets:
+            turns: list[dict[str, dict[str, Any]]] = []
+            try:
+                for _ in range(options.runs):
+                    turn = {}
+                    for side, runner in runners.items():
+                        turn[side] = runner.run(dataset)
+                        print(f"{dataset.stem}: {side} {_rate(turn[side]):.1f} tok/s", file=sys.stderr)
+                    turns.append(turn)
+            finally:
+                if turns:
+                    figures = report["datasets"][dataset.stem] = _figures(turns)
+                    ours, peer = (figures["output_tok_per_s"][side] for side in ("ours", "peer"))
+                    print(
+                        f"| {dataset.stem} | {ours:.0f} | {peer:.0f} | {figures['ratio']:.2f} "
+                        f"| {figures['others']:.0%} |",
+                        flush=True,
+                    )
+                    if options.json:
+                        options.json.write_text(json.dumps(report, indent=1))
+    except KeyboardInterrupt:
+        print("Ended early.", file=sys.stderr)
     for runner in runners.values():
         runner.close()
-    print(json.dumps(report, indent=1))
+
+
+def _rate(result: dict[str, Any]) -> float:
+    """Output tokens a second."""
+    return sum(len(row) for row in result["tokens"]) / float(result["seconds"])
+
+
+def _figures(turns: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Medians, their ratio and what they come from."""
+    rates = {side: [_rate(turn[side]) for turn in turns] for side in ("ours", "peer")}
+    median = {side: statistics.median(values) for side, values in rates.items()}
+    return {
+        "output_tok_per_s": {side: round(value, 1) for side, value in median.items()},
+        "ratio": round(median["ours"] / median["peer"], 3),
+        "runs": {side: [round(value, 1) for value in values] for side, values in rates.items()},
+        "others": round(max(result["others"] for turn in turns for result in turn.values()), 3),
+        "samples": {side: result["sample"] for side, result in turns[-1].items()},
+    }
 
 
 if __name__ == "__main__":

@@ -67,20 +67,23 @@ def measure(
     shapes = {
         "qkv": (width, HIDDEN),
         "attention output": (HIDDEN, HEADS * SIZE),
-        "gate and up": (2 * INNER, HIDDEN),
+        "gate, up and activation": (2 * INNER, HIDDEN),
         "down": (HIDDEN, INNER),
     }
     itemsize = dtype.itemsize
     angles = torch.rand(4096, SIZE // 2)
     cos_sin = torch.cat((angles.cos(), angles.sin()), 1)
-    hidden, qkv, gate_up = (torch.randn(tokens, n).to(dtype) for n in (HIDDEN, width, 2 * INNER))
+    hidden, qkv = (torch.randn(tokens, n).to(dtype) for n in (HIDDEN, width))
     q = torch.randn(tokens, HEADS, SIZE).to(dtype)
     norm = torch.ones(HIDDEN)
     rows: dict[str, tuple[float, float]] = {}
     for name, (out, into) in shapes.items():
         weights = [ops.pack_linear(torch.randn(out, into).to(dtype), None, quantize) for _ in range(LAYERS)]
         x = torch.randn(tokens, into).to(dtype)
-        took = least(lambda i, x=x, weights=weights: ops.linear(x, weights[i]))
+        if name == "gate, up and activation":
+            took = least(lambda i, x=x, weights=weights: ops.gated_linear(x, weights[i], "silu"))
+        else:
+            took = least(lambda i, x=x, weights=weights: ops.linear(x, weights[i]))
         operations = 2 * tokens * out * into * LAYERS / limits["operations"]
         rows[f"linear {name}"] = (took, max(operations, out * into * itemsize * LAYERS / limits["bytes"]))
     took = least(lambda i: ops.attention(q, cache, i, batch, 0.125, 0, 0.0))
@@ -90,18 +93,14 @@ def measure(
     rows["attention"] = (took, max(4 * pairs * SIZE / limits["operations"], read / limits["bytes"]))
     took = least(lambda i: ops.rotary_and_store(qkv, cos_sin, batch, cache, i, HEADS, None, None, 1e-5))
     rows["rotary and store"] = (took, 2 * qkv.nbytes * LAYERS / limits["bytes"])
-    took = least(lambda i: ops.gated_activation(gate_up, "silu"))
-    rows["gated activation"] = (took, 1.5 * gate_up.nbytes * LAYERS / limits["bytes"])
     took = 2 * least(lambda i: ops.add_rms_norm(hidden, hidden, norm, 1e-5))
     rows["add and norm"] = (took, 8 * hidden.nbytes * LAYERS / limits["bytes"])
     head = ops.pack_linear(torch.randn(VOCABULARY, HIDDEN).to(dtype), None, quantize)
     last = hidden[:sequences]
-    took = least(lambda _: ops.linear(last, head), layers=1)
+    took = least(lambda _: ops.logits(last, head), layers=1)
     operations = 2 * sequences * HIDDEN * VOCABULARY / limits["operations"]
-    rows["linear head"] = (took, max(operations, HIDDEN * VOCABULARY * itemsize / limits["bytes"]))
-    logits = ops.linear(last, head).float()
-    took = least(lambda _: ops.linear(last, head).float(), layers=1) - rows["linear head"][0]
-    rows["logits to fp32"] = (took, 1.5 * logits.nbytes / limits["bytes"])
+    rows["logits"] = (took, max(operations, HIDDEN * VOCABULARY * itemsize / limits["bytes"]))
+    logits = ops.logits(last, head)
     zeros, keys = torch.zeros(sequences), torch.zeros(sequences, 2, dtype=torch.int64)
     took = least(lambda _: ops.sample(logits, zeros, keys, zeros.long()), layers=1)
     rows["sample greedily"] = (took, logits.nbytes / limits["bytes"])

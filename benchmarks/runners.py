@@ -3,7 +3,7 @@
     python benchmarks/runners.py {batchinfer,vllm,transformers} MODEL SETTINGS_JSON
 
 Every line on stdin names a JSONL file of {"prompt", "max_tokens"}; the answer is one JSON line: seconds
-from texts to texts, and the tokens made. All are greedy and ignore the end of sequence.
+from texts to texts, and the ids of the tokens made. All are greedy and ignore the end of sequence.
 """
 
 from __future__ import annotations
@@ -17,23 +17,22 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-# Completes the rows and returns the number of tokens that it made, and the first completion's text.
-Complete = Callable[[list[Row]], tuple[int, str]]
+# Completes the rows: the token ids of each, and the first completion's text.
+Complete = Callable[[list[Row]], tuple[list[list[int]], str]]
 
 
 def batchinfer(model: str, settings: Row) -> Complete:
     """Our engine, with an empty prefix cache for every run."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from batchinfer.engine.engine import Engine
     from batchinfer.engine.types import SamplingParams
 
     loaded = Engine(model, **settings)
 
-    def complete(rows: list[Row]) -> tuple[int, str]:
+    def complete(rows: list[Row]) -> tuple[list[list[int]], str]:
         engine = Engine.from_parts(loaded.config, loaded.runner, loaded.tokenizer)
         sampling = [SamplingParams(max_tokens=row["max_tokens"], ignore_eos=True) for row in rows]
         done = engine.generate([row["prompt"] for row in rows], sampling)
-        return sum(len(item.token_ids) for item in done), done[0].text
+        return [list(item.token_ids) for item in done], done[0].text
 
     return complete
 
@@ -49,13 +48,13 @@ def vllm(model: str, settings: Row) -> Complete:
         **{"dtype": "bfloat16", "max_num_batched_tokens": 4096, "max_model_len": 2048, **settings},
     )
 
-    def complete(rows: list[Row]) -> tuple[int, str]:
+    def complete(rows: list[Row]) -> tuple[list[list[int]], str]:
         assert engine.reset_prefix_cache()
         sampling = [
             SamplingParams(temperature=0, max_tokens=row["max_tokens"], ignore_eos=True) for row in rows
         ]
         done = engine.generate([row["prompt"] for row in rows], sampling, use_tqdm=False)
-        return sum(len(item.outputs[0].token_ids) for item in done), done[0].outputs[0].text
+        return [list(item.outputs[0].token_ids) for item in done], done[0].outputs[0].text
 
     return complete
 
@@ -67,13 +66,14 @@ def transformers(model: str, settings: Row) -> Complete:
 
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    dtype = getattr(torch, settings.get("dtype", "bfloat16"))
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
     size = settings.get("batch_size", 64)
 
     @torch.inference_mode()
-    def complete(rows: list[Row]) -> tuple[int, str]:
+    def complete(rows: list[Row]) -> tuple[list[list[int]], str]:
         order = sorted(range(len(rows)), key=lambda i: (rows[i]["max_tokens"], len(rows[i]["prompt"])))
-        made, texts = 0, [""] * len(rows)
+        made: list[list[int]] = [[] for _ in rows]
         for start in range(0, len(order), size):
             part = order[start : start + size]
             inputs = tokenizer([rows[i]["prompt"] for i in part], return_tensors="pt", padding=True)
@@ -81,9 +81,8 @@ def transformers(model: str, settings: Row) -> Complete:
             tokens = network.generate(**inputs, do_sample=False, max_new_tokens=most, min_new_tokens=most)
             tokens = tokens[:, inputs["input_ids"].shape[1] :]
             for i, row in zip(part, tokens, strict=True):
-                texts[i] = tokenizer.decode(row[: rows[i]["max_tokens"]], skip_special_tokens=True)
-                made += rows[i]["max_tokens"]
-        return made, texts[0]
+                made[i] = row[: rows[i]["max_tokens"]].tolist()
+        return made, tokenizer.decode(made[0], skip_special_tokens=True)
 
     return complete
 
@@ -103,7 +102,7 @@ def main() -> None:
         begun = time.perf_counter()
         made, text = complete(rows)
         seconds = time.perf_counter() - begun
-        print(json.dumps({"seconds": seconds, "output_tokens": made, "sample": text[:60]}), file=answers)
+        print(json.dumps({"seconds": seconds, "tokens": made, "sample": text[:60]}), file=answers)
 
 
 if __name__ == "__main__":
