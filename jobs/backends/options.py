@@ -138,6 +138,24 @@ class GcpBatchOptions(ServiceOptions):
     )
 
 
+class RayOptions(ServiceOptions):
+    """Of the cluster and its actors."""
+
+    address: str | None = Field(
+        default=None,
+        description="HOST:PORT or ray://HOST:PORT of the cluster; null: RAY_ADDRESS, or this machine's",
+        examples=["ray://head:10001"],
+    )
+    resources: dict[str, float] = Field(
+        default_factory=dict,
+        description="custom resources that a worker takes, such as those of a node group",
+        examples=[{"a100_node": 1.0}],
+    )
+    env: dict[str, str] = Field(
+        default_factory=dict, description="environment of the workers", examples=[{"HF_HOME": "/cache"}]
+    )
+
+
 class OptionsSpec(ServiceOptions):
     """Settings by backend, so that one spec runs on each."""
 
@@ -145,3 +163,4 @@ class OptionsSpec(ServiceOptions):
     kubernetes: KubernetesOptions = KubernetesOptions()
     aws_batch: AwsBatchOptions = AwsBatchOptions()
     gcp_batch: GcpBatchOptions = GcpBatchOptions()
+    ray: RayOptions = RayOptions()

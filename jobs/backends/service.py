@@ -15,7 +15,10 @@ SERVICES = {
     "kubernetes": "batchinfer.jobs.backends.kubernetes",
     "aws_batch": "batchinfer.jobs.backends.aws_batch",
     "gcp_batch": "batchinfer.jobs.backends.gcp_batch",
+    "ray": "batchinfer.jobs.backends.ray",
 }
+# Those whose workers may see one file system; the others' run in containers.
+_NODES_MAY_SHARE = ("slurm", "ray")
 
 
 class Service(Protocol):
@@ -46,20 +49,21 @@ def service(name: str) -> Service:
 def check_reachable(spec: JobSpec) -> None:
     """Refuse a job whose data or model workers elsewhere would not find. Raises JobError.
 
-    A path means a file of this machine. Only file://, with Slurm, says that all nodes share it.
+    A path means a file of this machine. Only file://, with Slurm and Ray, says that all nodes share it.
     """
     backend = spec.workers.backend
     if backend not in SERVICES:
         return
+    may_share = backend in _NODES_MAY_SHARE
     addresses = [("output.uri", spec.output.uri), *(("input.uri", uri) for uri in spec.input.uri)]
     if spec.model.source.startswith(("/", ".", "~")) or "://" in spec.model.source:
         addresses.append(("model.source", spec.model.source))
     for name, uri in addresses:
         protocol = protocol_of(uri)
-        if backend == "slurm" and uri.lower().startswith("file:///"):
+        if may_share and uri.lower().startswith("file:///"):
             continue
         if protocol in ("file", "memory"):
-            shared = ", or write file:///… if all nodes share it" if backend == "slurm" else ""
+            shared = ", or write file:///… if all nodes share it" if may_share else ""
             raise JobError(
                 f"{name} is {uri}, which workers on {backend} don't see: put it into object storage{shared}"
             )
