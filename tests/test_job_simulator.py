@@ -142,6 +142,7 @@ def test_undisturbed_a_poison_row_costs_a_bounded_number_of_engines(seed: int) -
         faults=simulator.Faults(),
         drains=0,
         cancels=0,
+        retries=0,
         budget=None,
         poison=True,
         workers=1,
