@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,9 +32,8 @@ def check(rows: Sequence[object]) -> None:
             assert "mma" in row.instructions, row
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90"])
-def test_a_model_in_bf16(tool: ModuleType, target: str) -> None:
-    rows = tool.compile_shape("Qwen3-0.6B", target)
+def test_a_model_in_bf16(tool: ModuleType) -> None:
+    rows = tool.compile_shape("Qwen3-0.6B", "sm_90")
     check(rows)
     names = {row.kernel for row in rows}
     assert names == {
@@ -52,17 +50,20 @@ def test_a_model_in_bf16(tool: ModuleType, target: str) -> None:
         "filter",
         "choose",
     }
-    if target == "sm_90":
-        assert any("wgmma" in row.instructions for row in rows if row.kernel == "prefill")
+    assert any("wgmma" in row.instructions for row in rows if row.kernel == "prefill")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90"])
-def test_every_shape(tool: ModuleType, target: str) -> None:
-    for name in tool.SHAPES:
-        rows = tool.compile_shape(name, target)
-        if rows or target != "sm_80":
-            check(rows)
+@pytest.mark.parametrize(
+    ("name", "target"), [("Qwen3-0.6B", "sm_80"), ("Gemma-2-9B fp8", "sm_89"), ("256 fp32", "sm_89")]
+)
+def test_the_largest_tiles_fit(tool: ModuleType, name: str, target: str) -> None:
+    """Beside what the command compiles: all shapes for all targets, in minutes."""
+    check(tool.compile_shape(name, target))
+
+
+def test_fp8_is_left_out_where_a_gpu_has_none(tool: ModuleType) -> None:
+    assert tool.compile_shape("Qwen3-8B fp8", "sm_80") == []
 
 
 def test_a_kernel_too_large_fails_the_command(
@@ -74,10 +75,3 @@ def test_a_kernel_too_large_fails_the_command(
     said = capsys.readouterr()
     assert "| decode | M=16 | 4 | 102,400 |" in said.out
     assert said.err.strip() == ("decode of a takes 102,400 bytes of shared memory, but sm_89 has 101,376.")
-
-
-def test_the_command_prints_its_options() -> None:
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / "compile_kernels.py"), "--help"], capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "--targets" in done.stdout
