@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchinfer.connectors.types import ObjectInfo, ObjectStore
+from batchinfer.connectors.types import ObjectInfo, ObjectStore, TransientStorageError
 from batchinfer.jobs.clock import Clock, SystemClock
 from batchinfer.jobs.records import (
     Claim,
@@ -47,6 +47,7 @@ _PROGRESS = re.compile(
     r"_batchinfer/progress/(?P<shard>[^/]+)/(?P<worker>.+)-(?P<sequence>\d+)(?P<inflight>\.inflight)?\.arrow"
 )
 _TAIL = 1 << 16
+_CONTRADICTIONS = 6
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -118,15 +119,18 @@ class JobFolder:
     ) -> bool:
         """Create ``key`` if it is absent: True when the object there is the one that ``nonce`` names.
 
-        "Already exists" after a lost reply is told from a lost race by reading the nonce back.
+        "Already exists" after a lost reply is told from a lost race by reading the nonce back. Nothing
+        that is created so is ever deleted, so where "not found" follows it is tried again: a shard that
+        was taken for another worker's would lose the progress that is saved of it.
         """
-        if self.store.create_exclusive(key, data):
-            return True
-        try:
-            return read_nonce(key) == nonce
-        except FileNotFoundError:
-            # It existed and was deleted since: whatever it was, it was not ours to win.
-            return False
+        for _ in range(_CONTRADICTIONS):
+            if self.store.create_exclusive(key, data):
+                return True
+            try:
+                return read_nonce(key) == nonce
+            except FileNotFoundError:
+                continue
+        raise TransientStorageError(f"{self.uri}/{key}: the store says that it exists, and that it doesn't")
 
     # -- the plan and the job ---------------------------------------------------------------------
 

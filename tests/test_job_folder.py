@@ -147,6 +147,31 @@ def test_a_lost_reply_is_no_lost_race() -> None:
     assert folder.read_claim(shard, 1).worker == "w"
 
 
+class Contradicting(DictStore):
+    """Refuses some creates as "already exists", of objects that are not there."""
+
+    refusals = 0
+
+    def create_exclusive(self, key: str, data: bytes | Path) -> bool:
+        if self.refusals:
+            self.refusals -= 1
+            return False
+        return super().create_exclusive(key, data)
+
+
+def test_a_race_is_not_lost_to_an_object_that_is_not_there() -> None:
+    store = Contradicting()
+    folder, shard = JobFolder(store, attempts=1), ShardName(0, 1, 4)
+    store.refusals = 2
+    assert folder.create_claim(shard, 1, Claim(worker="a", nonce="ours"))
+    store.refusals = 1
+    assert not folder.create_claim(shard, 1, Claim(worker="b", nonce="theirs"))
+    store.refusals = 100
+    with pytest.raises(TransientStorageError, match="says that it exists, and that it doesn't"):
+        folder.create_part(shard, b"part", "ours")
+    assert not folder.is_committed(shard)
+
+
 def test_control_is_append_only_and_the_highest_wins() -> None:
     store = DictStore()
     folder = JobFolder(store)
