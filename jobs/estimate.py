@@ -34,9 +34,9 @@ class Estimate:
     those of them that the prefix cache will hold. ``completion_tokens`` are the most there can be,
     ``fewest_tokens`` the fewest. ``largest`` are the longest prompts: row and tokens; ``too_long`` the
     first ones that do not fit the context, ``too_long_rows`` how many of those looked at don't.
-    ``failures`` counts rows looked at that can't be answered, by code. ``worker_seconds`` is all workers' time
-    together, ``seconds`` until the job is done, both at the most tokens; ``usd`` is None without a price.
-    ``basis`` says what the time is based on.
+    ``failures`` counts rows looked at that can't be answered, by code. ``worker_seconds`` is all workers'
+    time together, ``seconds`` until the job is done, both at the most tokens; ``usd`` is None without a
+    price. ``basis`` says what the time is based on.
     """
 
     whole: bool
