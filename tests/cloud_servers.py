@@ -56,6 +56,10 @@ def azurite_at(endpoint_url: str) -> CloudServer:
     return CloudServer(endpoint_url, "abfs", {"AZURE_STORAGE_CONNECTION_STRING": connection})
 
 
+class Unavailable(Exception):
+    """A server can't be had on this machine, and why."""
+
+
 @contextmanager
 def gcs(folder: Path) -> Iterator[CloudServer]:
     """fake-gcs-server with its data in ``folder``."""
@@ -73,7 +77,10 @@ def gcs(folder: Path) -> Iterator[CloudServer]:
 
 @contextmanager
 def azurite(folder: Path) -> Iterator[CloudServer]:
-    """Azurite's blob service with its data in ``folder``; installed on first use. Needs npm."""
+    """Azurite's blob service with its data in ``folder``; installed on first use. Needs npm.
+
+    Raises Unavailable where npm can't install it.
+    """
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
     command = [str(_azurite()), "--silent", "--skipApiVersionCheck", "--disableTelemetry"]
@@ -89,7 +96,11 @@ def _azurite() -> Path:
         fresh = cache.with_name(f"{cache.name}-{os.getpid()}")
         command = ["npm", "install", "--no-audit", "--no-fund", "--prefix", str(fresh), AZURITE]
         fresh.mkdir(parents=True)
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=240)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        if done.returncode != 0:
+            shutil.rmtree(fresh)
+            reason = " ".join(done.stderr.split())[:200]
+            raise Unavailable(f"npm can't install {AZURITE}: {reason}")
         try:
             fresh.rename(cache)
         except OSError:  # somebody else was faster
