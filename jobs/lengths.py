@@ -107,7 +107,7 @@ def total_range(
     third += 2.0 * rare**3
     error = variance**0.5
     if error == 0.0:
-        return exactly(total)
+        return exactly(min(max(total, lowest), highest))
     skewness = third / variance**1.5
     far = t_quantile(TAIL, max(freedom, 2.0))
     low, high = (total - error * _unbent(end, skewness) for end in (far, -far))

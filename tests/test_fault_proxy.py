@@ -212,14 +212,11 @@ def test_a_create_knows_its_own_object_whatever_happens(behind: tuple[FaultProxy
     for effect in EFFECTS:
         proxy.script(Fault(effect, kinds, times=1))
         won[effect] = create(effect, "ours")
-    # Where a store claims that the object is there and it is not, the create is lost, and nobody's.
-    # Azure says it by 409.
-    lost = {"exists", "conflict"} if store.root.startswith("abfs") else {"exists"}
-    assert won == {effect: effect not in lost for effect in EFFECTS}
+    assert won == dict.fromkeys(EFFECTS, True)
     assert proxy.hits == dict.fromkeys(EFFECTS, 1)
     for effect in EFFECTS:
-        assert create(effect, "theirs") == (effect in lost)
-        assert read_nonce(f"{effect}.json") == ("theirs" if effect in lost else "ours")
+        assert not create(effect, "theirs")
+        assert read_nonce(f"{effect}.json") == "ours"
 
 
 @pytest.mark.parametrize("effect", ["lost_reply", "internal_after", "duplicate", "truncated", "slow_down"])
