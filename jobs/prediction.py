@@ -21,6 +21,9 @@ from batchinfer.jobs.throughput import Load, Rates, engine_seconds, share_out
 RATES_OFF = 0.15
 # Rows of one engine whose steps are gone through one by one; those of more are as many times longer.
 MOST_SIMULATED = 20_000
+# What a worker takes beside its engine: its interpreter's start, the folder of the job, the first claim and
+# the last commit. On two cores with local storage it was 1.0 to 1.2 s; over long jobs it does not count.
+WORKER_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +177,7 @@ def scaled_lengths(plan: Plan, drawn: Sequence[Sequence[int]], factor: float) ->
 
 def job_seconds(plan: Plan, rates: Rates, block: int, lengths: Sequence[Sequence[int]]) -> float:
     """Seconds until the job is done, when each surveyed row's samples get ``lengths`` tokens: until an
-    engine is ready, and then what the worker with the most to do takes."""
+    engine is ready, and then what the worker with the most to do takes, beside its own seconds."""
     rows, workers = plan.survey.rows, plan.spec.workers.count
     places = range(len(rows))
     if plan.survey.whole:
@@ -189,7 +192,7 @@ def job_seconds(plan: Plan, rates: Rates, block: int, lengths: Sequence[Sequence
             loads = _loads(rows, lengths, [place for shard in own for place in shard], block)
             parts = [[item for place in shard for item in loads[place]] for shard in own]
             longest = max(longest, engine_seconds(rates, parts))
-        return rates.startup + longest
+        return rates.startup + WORKER_SECONDS + longest
     # Of a large set one worker's part is gone through, made of the rows that were looked at.
     wanted = plan.survey.answerable / workers
     count = min(max(1, round(wanted)), MOST_SIMULATED)
@@ -200,7 +203,7 @@ def job_seconds(plan: Plan, rates: Rates, block: int, lengths: Sequence[Sequence
         [item for place in order[start : start + size] for item in loads[place]]
         for start in range(0, len(order), size)
     ]
-    return rates.startup + engine_seconds(rates, parts) * wanted / count
+    return rates.startup + WORKER_SECONDS + engine_seconds(rates, parts) * wanted / count
 
 
 def _sharded(plan: Plan, places: Sequence[int]) -> list[list[int]]:
