@@ -22,8 +22,9 @@ RATES_OFF = 0.15
 # Rows of one engine whose steps are gone through one by one; those of more are as many times longer.
 MOST_SIMULATED = 20_000
 # What a worker takes beside its engine: its interpreter's start, the folder of the job, the first claim and
-# the last commit. On two cores with local storage it was 1.0 to 1.2 s; over long jobs it does not count.
-WORKER_SECONDS = 1.0
+# the last commit, 1.0 to 1.2 s on two cores with local storage; and until it sees that the others are done,
+# for which it looks every one to three seconds (feeder.FIRST_PATIENCE).
+WORKER_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
