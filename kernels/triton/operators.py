@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from batchinfer.kernels.ops import (
     KVSpec,
     PackedLinear,
 )
+from batchinfer.kernels.reference import ReferenceLinear
 from batchinfer.kernels.triton.attend import attend
 from batchinfer.kernels.triton.cache import TritonKVCache
 from batchinfer.kernels.triton.filter import filter_kernel
@@ -33,24 +33,6 @@ STRETCH = 2048
 
 # fp8 products and conversions came with Ada.
 _FIRST_WITH_FP8 = (8, 9)
-
-
-@dataclass(frozen=True, slots=True)
-class TritonLinear:
-    """A weight [out, in] and a bias [out] as they are, for cuBLAS."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-
-    @property
-    def out_features(self) -> int:
-        """Columns of the product."""
-        return self.weight.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        """Columns of the input."""
-        return self.weight.shape[1]
 
 
 class TritonOperators:
@@ -96,14 +78,14 @@ class TritonOperators:
 
     def pack_linear(
         self, weight: torch.Tensor, bias: torch.Tensor | None, quantize: str | None
-    ) -> TritonLinear | FP8Linear:
+    ) -> ReferenceLinear | FP8Linear:
         """Keep the weight, or round each of its rows to fp8 with a scale.
 
         A weight whose sizes are no multiples of 16 can't be multiplied in fp8 and is kept. Raises
         ValueError for another quantization, or on a GPU without fp8.
         """
         if quantize is None:
-            return TritonLinear(weight, bias)
+            return ReferenceLinear(weight, bias)
         if quantize != "fp8":
             raise ValueError(f"the triton operators quantize weights to fp8, not to {quantize}.")
         if self._capability < _FIRST_WITH_FP8:
@@ -112,7 +94,7 @@ class TritonOperators:
                 f"not {self._capability[0]}.{self._capability[1]}."
             )
         if weight.shape[0] % 16 or weight.shape[1] % 16:
-            return TritonLinear(weight, bias)
+            return ReferenceLinear(weight, bias)
         self._fp8 = True
         return pack_fp8(weight, bias)
 
@@ -120,7 +102,7 @@ class TritonOperators:
         """[T, in] -> [T, out]; for an fp8 weight each row of ``x`` is rounded to fp8 too."""
         if isinstance(weight, FP8Linear):
             return weight.product(self._fp8_rows(x), x.dtype)
-        assert isinstance(weight, TritonLinear)
+        assert isinstance(weight, ReferenceLinear)
         return F.linear(x, weight.weight, weight.bias)
 
     def gated_linear(self, x: torch.Tensor, weight: PackedLinear, kind: str) -> torch.Tensor:
@@ -129,7 +111,8 @@ class TritonOperators:
 
     def logits(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
         """[n, in] -> fp32 [n, out]; cuBLAS writes its fp32 sums where there is no bias."""
-        if isinstance(weight, TritonLinear) and weight.bias is None and x.is_cuda and x.dtype.itemsize == 2:
+        half = x.is_cuda and x.dtype.itemsize == 2
+        if half and isinstance(weight, ReferenceLinear) and weight.bias is None:
             return torch.mm(x, weight.weight.t(), out_dtype=torch.float32)
         return self.linear(x, weight).float()
 
