@@ -86,7 +86,7 @@ class GGUFFile:
         form = FORMATS[info.type]
         length = int(np.prod(info.shape)) // form.weights * form.size
         weights = dequantize(self._data[info.offset : info.offset + length], form)
-        return torch.from_numpy(np.array(weights)).view(info.shape)
+        return torch.from_numpy(weights).view(info.shape)
 
     def _check_tensors(self) -> None:
         for name, info in self.tensors.items():

@@ -19,12 +19,13 @@ from batchinfer.engine.types import ModelError
 def test_blocks_dequantize_as_the_format_package_does(form) -> None:
     kind = gguf.GGMLQuantizationType[form.name]
     assert gguf.GGML_QUANT_SIZES[kind] == (form.weights, form.size)
-    data = np.random.default_rng(0).integers(0, 256, (500, form.size), np.uint8)
+    count = 70_000 // form.weights  # more than are unpacked at once
+    data = np.random.default_rng(0).integers(0, 256, (count, form.size), np.uint8)
     # Random bytes make scales that are not finite; such blocks prove nothing.
     with np.errstate(all="ignore"):
-        expected = gguf.quants.dequantize(data, kind).reshape(500, -1)
+        expected = gguf.quants.dequantize(data, kind).reshape(count, -1)
     sane = np.isfinite(expected).all(axis=1)
-    assert sane.sum() > 300
+    assert sane.sum() > 0.6 * count
     np.testing.assert_array_equal(
         dequantize(data[sane], form).reshape(-1, form.weights), expected[sane].astype(np.float32)
     )
