@@ -6,7 +6,8 @@ The claims and the summary are the project's own code; the store and the time ar
 takes ``--latency`` seconds and a page of a listing 1,000 keys, so a look at the folder is as old as it
 took, and two workers may want the same shard. Workers start within ``--ramp`` seconds, hold two shards
 each, renew their leases and save their progress; a shard takes ``--shard-seconds``, more or less. Some are
-preempted and replaced. Those that are too many for the open shards leave. Nobody helps at the tail.
+preempted and replaced. Those that are too many for the open shards leave. Nobody helps at the tail, but
+idle workers look whether they may.
 Prices are those of Amazon S3: 0.005 USD for 1,000 writes or pages of listings, 0.0004 USD for 1,000 reads.
 """
 
@@ -25,11 +26,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from batchinfer.connectors.types import ObjectInfo
-from batchinfer.jobs.claims import LEASE_SECONDS, RENEWALS_PER_LEASE, Claims, Lease
-from batchinfer.jobs.feeder import FIRST_PATIENCE, PATIENCE_GROWTH
+from batchinfer.jobs.claims import GLANCES, LEASE_SECONDS, REGION_DIGITS, RENEWALS_PER_LEASE, Claims, Lease
+from batchinfer.jobs.feeder import Patience
 from batchinfer.jobs.folder import ShardName
 from batchinfer.jobs.parallel import THREADS
-from batchinfer.jobs.records import Bill, Claim, PartFooter, WorkerRecord
+from batchinfer.jobs.records import Bill, Claim, Count, PartFooter, WorkerRecord
 from batchinfer.jobs.summary import SummaryWriter
 from batchinfer.jobs.supervisor import Pace
 from batchinfer.jobs.workbench import OPEN_SHARDS
@@ -66,14 +67,16 @@ class Folder:
 
     latency: float
     at: float = 0.0
-    claims: dict[str, dict[int, ObjectInfo]] = field(default_factory=dict)
+    claims: dict[str, dict[str, dict[int, ObjectInfo]]] = field(default_factory=dict)
     records: dict[tuple[str, int], Claim] = field(default_factory=dict)
     parts: dict[ShardName, ObjectInfo] = field(default_factory=dict)
     workers: dict[str, ObjectInfo] = field(default_factory=dict)
     states: dict[str, WorkerRecord] = field(default_factory=dict)
     summary: bytes | None = None
-    listed: dict[str, dict[int, ObjectInfo]] = field(default_factory=dict)
-    unlisted: deque[tuple[float, str, int]] = field(default_factory=deque)
+    done: dict[str, dict[ShardName, ObjectInfo]] = field(default_factory=dict)
+    counted: Count | None = None
+    listed: dict[str, dict[str, dict[int, ObjectInfo]]] = field(default_factory=dict)
+    unlisted: deque[tuple[float, ShardName, int]] = field(default_factory=deque)
     requests: Counter[str] = field(default_factory=Counter)
     by_second: Counter[int] = field(default_factory=Counter)
     creates: int = 0
@@ -127,18 +130,39 @@ class Folder:
         self.count("write")
         self.summary = data
 
-    def list_leases(self) -> tuple[dict[str, dict[int, ObjectInfo]], dict[str, dict[int, ObjectInfo]]]:
+    def list_leases(
+        self, start: str
+    ) -> tuple[dict[str, dict[int, ObjectInfo]], dict[str, dict[int, ObjectInfo]]]:
         self.looks += 1
         began = self.at
         while self.unlisted and self.unlisted[0][0] <= began:
-            _, label, generation = self.unlisted.popleft()
-            self.listed.setdefault(label, {})[generation] = self.claims[label][generation]
-        self.count("list", 1 + len(self.listed) // PAGE)
-        return self.listed, {}
+            _, shard, generation = self.unlisted.popleft()
+            leases = self.listed.setdefault(_region(shard), {})
+            leases.setdefault(shard.label, {})[generation] = self.claims[_region(shard)][shard.label][
+                generation
+            ]
+        found = self.listed.get(start, {})
+        self.count("list", 1 + sum(map(len, found.values())) // PAGE)
+        return found, {}
 
-    def committed(self) -> dict[ShardName, ObjectInfo]:
-        self.count("list", 1 + len(self.parts) // PAGE)
-        return self.parts
+    def committed(self, start: str = "") -> dict[ShardName, ObjectInfo]:
+        found = self.done.get(start, {}) if len(start) == len(_region(ShardName(0, 0, 1))) else self.parts
+        self.count("list", 1 + len(found) // PAGE)
+        return found
+
+    def commit(self, shard: ShardName) -> None:
+        self.count("write")
+        if shard not in self.parts:
+            info = ObjectInfo(shard.part, 1000, "", self.at)
+            self.parts[shard] = self.done.setdefault(_region(shard), {})[shard] = info
+
+    def read_count(self) -> Count | None:
+        self.count("read")
+        return self.counted
+
+    def write_count(self, count: Count) -> None:
+        self.count("write")
+        self.counted = count
 
     def is_committed(self, shard: ShardName) -> bool:
         self.count("read")
@@ -147,24 +171,25 @@ class Folder:
     def create_claim(self, shard: ShardName, generation: int, claim: Claim, helper: bool = False) -> bool:
         self.count("write")
         self.creates += 1
-        if generation in self.claims.get(shard.label, {}):
+        if generation in self.claims.get(_region(shard), {}).get(shard.label, {}):
             self.count("read")  # whose is it?
             return False
         self.won += 1
         self._write(shard, generation, claim)
-        self.unlisted.append((self.at, shard.label, generation))
+        self.unlisted.append((self.at, shard, generation))
         return True
 
     def rewrite_claim(self, shard: ShardName, generation: int, claim: Claim, helper: bool = False) -> None:
         self.count("write")
         self._write(shard, generation, claim)
-        if generation in self.listed.get(shard.label, {}):
-            self.listed[shard.label][generation] = self.claims[shard.label][generation]
+        region = _region(shard)
+        if generation in self.listed.get(region, {}).get(shard.label, {}):
+            self.listed[region][shard.label][generation] = self.claims[region][shard.label][generation]
 
     def _write(self, shard: ShardName, generation: int, claim: Claim) -> None:
         self.records[shard.label, generation] = claim
         info = ObjectInfo(f"{shard.label}/{generation}", 100, "", self.at)
-        self.claims.setdefault(shard.label, {})[generation] = info
+        self.claims.setdefault(_region(shard), {}).setdefault(shard.label, {})[generation] = info
 
     def read_claim(self, shard: ShardName, generation: int, helper: bool = False) -> Claim:
         self.count("read")
@@ -172,6 +197,10 @@ class Folder:
             return self.records[shard.label, generation]
         except KeyError:
             raise FileNotFoundError(shard.label) from None
+
+
+def _region(shard: ShardName) -> str:
+    return shard.region(REGION_DIGITS)
 
 
 class Worker:
@@ -186,7 +215,7 @@ class Worker:
             view, name, lambda: shards, 1, pace.lease, pace.summary_shards, pace.summary_others
         )
         self.leases: dict[ShardName, Lease] = {}
-        self.patience = FIRST_PATIENCE
+        self.patience = Patience(LEASE_SECONDS / RENEWALS_PER_LEASE / (GLANCES + 1))
         self.alive = True
         self.saved = 0.0
         self.free_at = 0.0
@@ -240,21 +269,24 @@ def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
                 if lease is None:
                     break
                 worker.leases[lease.shard] = lease
-                worker.patience = FIRST_PATIENCE
+                worker.patience.reset()
                 folder.count("list")  # its progress
                 took = arguments.shard_seconds * chance.lognormvariate(0, 0.3)
                 worker.free_at = max(worker.free_at, folder.at) + took
                 plan(worker.free_at, "done", worker, lease.shard)
             if len(worker.leases) == OPEN_SHARDS:
                 continue
+            if not worker.leases:
+                for _ in worker.claims.helpable():
+                    folder.count("list")  # its owner's progress, and what that is
+                    folder.count("read", round(arguments.shard_seconds / FLUSH_SECONDS / 2))
+            surplus = not worker.claims.all_committed() and not worker.leases and worker.claims.is_surplus()
             done = worker.claims.all_committed()
-            surplus = not done and not worker.leases and worker.claims.is_surplus()
             if done or surplus:
                 too_many += surplus
                 leave(worker)
                 continue
-            wait = min(worker.patience, renewal)
-            worker.patience *= PATIENCE_GROWTH
+            wait = worker.patience.next(worker.claims.least_wait())
             if not worker.leases:
                 idle_seconds += wait
             plan(folder.at + wait, "claim", worker)
@@ -262,10 +294,8 @@ def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
             waiting = len(worker.leases) < OPEN_SHARDS
             lease = worker.leases.pop(about)
             folder.beat(worker.name)
-            folder.count("write")  # part
+            folder.commit(about)
             folder.count("list")
-            if about not in folder.parts:
-                folder.parts[about] = ObjectInfo(about.part, 1000, "", folder.at)
             ended = folder.at
             before = folder.requests.total()
             worker.summary.committed(about)
@@ -292,6 +322,7 @@ def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
     assert len(found["workers"]) == len(folder.workers)
     by_time = [folder.by_second[second] for second in range(max(folder.by_second) + 1)]
     rates, period = sorted(by_time), -(-len(by_time) // PERIODS)
+    tens = [sum(by_time[second : second + 10]) / 10 for second in range(len(by_time))]
     periods = [by_time[start : start + period] for start in range(0, len(by_time), period)]
     usd = sum(USD[kind] * number for kind, number in folder.requests.items())
     fleet_hours = arguments.workers * ended / 3600
@@ -312,6 +343,7 @@ def simulate(arguments: argparse.Namespace) -> dict[str, Any]:
             "median": rates[len(rates) // 2],
             "p99": rates[int(len(rates) * 0.99)],
             "most": rates[-1],
+            "most_in_ten_seconds": max(tens),
             "most_after_the_start": max(by_time[int(arguments.ramp) + 60 :]),
         },
         "seconds_a_period": period,

@@ -7,26 +7,35 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import random
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from batchinfer.jobs.folder import JobFolder, ShardName, new_nonce
-from batchinfer.jobs.records import Claim
+from batchinfer.jobs.records import Claim, Count
 
 LEASE_SECONDS = 60.0
 RENEWALS_PER_LEASE = 4
+REGION_DIGITS = 3
 _LOST_IN_A_ROW = 3
 # How many shards one look remembers as free, and how many leases it reads to see whether they are released:
-# a look at a job of many shards must neither fill the memory nor read what thousands of others renew.
+# the longest silent ones, and all that were not renewed when they should have been. A look at a job of many
+# shards must not read what thousands of others renew.
 _CANDIDATES = 256
 _READS = 64
-# Where that many leases were seen at once, workers that find nothing look at all of the folder this much
-# more seldom, up to a limit, and look at a few shards meanwhile: together they see as much.
-_LEASES_PER_LOOK = 64
-_MOST_SKIPPED = 16
-_SAMPLE = 4
-# How many shards one look considers for help.
+_READS_OF_RENEWED = 8
+# How many regions are looked at in a row by a worker that found something the last time, and by all those
+# together that found nothing.
+_LOOKS = 8
+_LOOKS_IN_VAIN = 32
+# Between two looks of a worker that finds nothing come glances, which see only whether all is done.
+GLANCES = 3
+# How often all workers that find nothing look or glance together, at most, in a second.
+_POLLS_PER_SECOND = 200.0
+# How long a count of the committed shards serves all workers, in seconds.
+_COUNT_SECONDS = 10.0
+# How many shards one look considers for help; of a job of several regions others look at the next ones.
 _TO_HELP = 3
 # How many workers an open shard has a place for: its owner, and a helper.
 _PLACES = 2
@@ -45,8 +54,7 @@ class Lease:
 
 @dataclass(slots=True)
 class Survey:
-    """What a look at the folder showed: how many shards are committed, and which may be claimed, each
-    with the generation to create.
+    """What a look at a region showed: which shards may be claimed, each with the generation to create.
 
     ``free`` ones have no owner, so the create alone decides who gets them, however old the survey; there
     may be more than were noted.
@@ -54,7 +62,6 @@ class Survey:
     ``helpable`` ones have an owner, and no helper: with the generation of the helper's lease.
     """
 
-    committed: int
     free: deque[tuple[ShardName, int]]
     stale: deque[tuple[ShardName, int]]
     helpable: list[tuple[ShardName, int]]
@@ -67,6 +74,10 @@ class Claims:
     lease is judged. It is read before the leases are listed, so a lease renewed in between looks young.
     ``hint`` is where to start among the shards (a batch service's index), so that workers that start
     together do not race for the same ones.
+
+    Shards whose labels differ in the last ``region_digits`` only are a region, which a page or two of a
+    listing show. A look is at one region: each worker goes round all that have open shards, in an order of
+    its own, and so sees every shard however many others there are.
     """
 
     def __init__(
@@ -77,59 +88,99 @@ class Claims:
         now: Callable[[], float],
         lease_seconds: float = LEASE_SECONDS,
         hint: int | None = None,
+        region_digits: int = REGION_DIGITS,
     ) -> None:
         self._folder = folder
         self._worker = worker
         self._now = now
         self._lease_seconds = lease_seconds
         self._hint = hint
+        self._digits = region_digits
+        self._chance = random.Random(worker)
+        self._workers = 1
+        self._workers_seen: float | None = None
         self.begin(shards)
 
     def begin(self, shards: Sequence[ShardName]) -> None:
         """From now on these are the shards: those of one round."""
         start = _start(len(shards), self._worker, self._hint)
         self._shards = len(shards)
-        self._open = [*shards[start:], *shards[:start]]
+        self._round = shards[0].round if shards else 0
+        self._every = shards[0].round_label if shards else ""
+        regions: dict[int, list[ShardName]] = {}
+        for shard in [*shards[start:], *shards[:start]]:
+            regions.setdefault(shard.index // 10**self._digits, []).append(shard)
+        self._open = {region[0].region(self._digits): region for region in regions.values()}
+        first, *others = self._open or [""]
+        self._chance.shuffle(others)
+        self._tour = deque([first, *others])
+        self._counted_open = self._shards
         self._looks = 0
-        self._most_leased = 0
-        self._skipped = 0
+        self._glances = 0
         self._found_nothing = False
         self._survey: Survey | None = None
 
     def claim(self, held: Collection[ShardName]) -> Lease | None:
         """A lease on some shard that is not committed, not in ``held``, and free, released or stale.
 
-        None when there is none: every shard is committed, or leased by a worker that may be alive.
+        None when none was seen: the shards that were looked at are committed, or leased by workers that
+        may be alive. Whoever calls it again and again gets every shard that may be had.
         """
         if self._survey is not None:
             lease = self._claim_from(self._survey.free, held)
             if lease is not None:
                 return lease
-            if self._found_nothing and not self._due():
+            if self._found_nothing and self._glance():
                 return None
-        self._survey = self.survey(held)
-        self._found_nothing = not (self._survey.free or self._survey.stale)
-        return self._claim_from(self._survey.free, held) or self._claim_from(self._survey.stale, held)
+        now = self._now()
+        looks = max(1, _LOOKS_IN_VAIN // self._workers) if self._found_nothing else _LOOKS
+        looks = min(looks, len(self._open))
+        self._found_nothing = True
+        while looks > 0 and self._open:
+            region = self._next_region()
+            survey = self._survey = self._look(now, region, held)
+            if survey.free or survey.stale:
+                self._found_nothing = False
+            lease = self._claim_from(survey.free, held) or self._claim_from(survey.stale, held)
+            if lease is not None:
+                return lease
+            # A region that turns out to be done took one request, and is never looked at again.
+            looks -= region in self._open
+        if self._workers_seen is None or now - self._workers_seen > self._lease_seconds:
+            self._fresh_workers()
+        return None
 
-    def _due(self) -> bool:
-        """Whether to look at the whole folder again, the last look having found nothing to claim."""
-        self._skipped += 1
-        if self._skipped > min(_MOST_SKIPPED, self._most_leased // _LEASES_PER_LOOK):
-            return True
-        start = _start(len(self._open), f"{self._worker} {self._looks} {self._skipped}", None)
-        sample = [
-            *self._open[start : start + _SAMPLE],
-            *self._open[: max(0, start + _SAMPLE - len(self._open))],
-        ]
-        # Most of what was open is committed: the end is near.
-        return all(self._folder.is_committed(shard) for shard in sample)
+    def _next_region(self) -> str:
+        """The next region of our tour that has open shards."""
+        while self._tour[0] not in self._open:
+            self._tour.popleft()
+        self._tour.rotate(-1)
+        return self._tour[-1]
+
+    def _glance(self) -> bool:
+        """Whether no look is due, the last one having found nothing: then only whether the last region is
+        done meanwhile is seen, by one request. Where there are several, each look is at another one."""
+        if len(self._open) != 1 or self._glances == GLANCES:
+            self._glances = 0
+            return False
+        self._glances += 1
+        [region] = self._open
+        self._strike(region, self._folder.committed(region))
+        return True
+
+    def least_wait(self) -> float:
+        """How long to wait, at least, before the next claim when the last one found nothing: the longer,
+        the more workers there are, so that the store has no more to do for many than for some."""
+        cost = GLANCES + 1 if len(self._open) > 1 else 1
+        return min(self._lease_seconds, cost * self._workers / _POLLS_PER_SECOND)
 
     def helpable(self) -> list[tuple[ShardName, int]]:
         """Some shards that the last look found in somebody's hands and without a helper, each look's but
         once; see :meth:`help`."""
         if self._survey is None:
             return []
-        some, self._survey.helpable = self._survey.helpable[:_TO_HELP], []
+        most = 1 if len(self._open) > 1 else _TO_HELP
+        some, self._survey.helpable = self._survey.helpable[:most], []
         return some
 
     def help(self, shard: ShardName, generation: int) -> Lease | None:
@@ -145,7 +196,7 @@ class Claims:
         """The workers whose lease on the shard is neither stale nor released: its owner, its helper."""
         now = self._now()
         found = set()
-        for helper, leases in enumerate(self._folder.list_leases(shard)):
+        for helper, leases in enumerate(self._folder.list_leases(f"{shard.label}/")):
             for generations in leases.values():
                 last = max(generations)
                 if now - generations[last].modified <= self._lease_seconds:
@@ -159,65 +210,113 @@ class Claims:
         in an order by name, which all see alike, so that never more leave than are too many.
 
         Who left or died within the last lease still counts. What that leaves too few are never the owners
-        of open shards, who hold them and stay.
+        of open shards, who hold them and stay. Judged after a look, not after a glance.
         """
-        listed = self._folder.list_workers()
-        if self._survey is None or self._worker not in listed:
+        if self._glances or self._survey is None:
             return False
-        since = listed[self._worker].modified - self._lease_seconds
+        fresh, now = self._fresh_workers()
+        if self._worker not in fresh:
+            return False
+        place = fresh.index(self._worker)
+        if place < _PLACES * self._known_open() and len(self._open) > 1:
+            self._count(now)
+        # When nothing is open any more the job is done, or its next round begins.
+        return bool(self._open) and place >= _PLACES * min(self._known_open(), self._counted_open)
+
+    def _fresh_workers(self) -> tuple[list[str], float]:
+        """The workers that showed themselves within a lease before our last heartbeat, by name, and the
+        time of that."""
+        listed = self._folder.list_workers()
+        now = listed[self._worker].modified if self._worker in listed else 0.0
+        since = now - self._lease_seconds
         fresh = sorted(worker for worker, info in listed.items() if info.modified >= since)
-        return fresh.index(self._worker) >= _PLACES * (self._shards - self._survey.committed)
+        self._workers, self._workers_seen = max(1, len(fresh)), now
+        return fresh, now
+
+    def _known_open(self) -> int:
+        """How many shards we do not know to be committed."""
+        return sum(map(len, self._open.values()))
+
+    def _count(self, now: float) -> None:
+        """Learn how many shards are open, of all regions: from what somebody counted of late, or else by
+        counting for everybody. Others' word is enough to see that we are too many, not that all is done."""
+        count = self._folder.read_count()
+        if count is None or count.round != self._round:
+            count = Count(round=self._round, committed=self._shards - self._known_open(), at=0.0)
+        if now - count.at > _COUNT_SECONDS or count.committed >= self._shards:
+            # Said before it is done, so that the others leave it to us.
+            self._folder.write_count(replace(count, at=now))
+            parts = self._folder.committed(self._every)
+            for region in list(self._open):
+                self._strike(region, parts)
+            count = replace(count, committed=self._shards - self._known_open(), at=now)
+            self._folder.write_count(count)
+        self._counted_open = self._shards - count.committed
+
+    def _strike(self, region: str, committed: Collection[ShardName]) -> None:
+        """Forget the shards of a region that are committed, and the region with its last one."""
+        left = [shard for shard in self._open[region] if shard not in committed]
+        if left:
+            self._open[region] = left
+        else:
+            del self._open[region]
 
     def all_committed(self) -> bool:
-        """Whether the last look at the folder found every shard committed."""
-        return self._survey is not None and self._survey.committed == self._shards
+        """Whether every shard was seen to be committed."""
+        return not self._open
 
-    def survey(self, held: Collection[ShardName]) -> Survey:
-        """Look at the folder.
+    def _look(self, now: float, region: str, held: Collection[ShardName]) -> Survey:
+        """Look at a region; ``now`` was read before.
 
         The first look starts where the hint says, every other one anywhere: workers that have run into
         each other would do so again at the next shard.
         """
-        now = self._now()
-        owners, helpers = self._folder.list_leases()
-        committed = self._folder.committed()
-        self._open = [shard for shard in self._open if shard not in committed]
+        self._strike(region, self._folder.committed(region))
+        survey = Survey(deque(), deque(), [])
+        if region not in self._open:
+            return survey
+        owners, helpers = self._folder.list_leases(region)
+        shards = self._open[region]
         if self._looks:
-            start = _start(len(self._open), f"{self._worker} {self._looks}", None)
-            self._open = [*self._open[start:], *self._open[:start]]
+            start = _start(len(shards), f"{self._worker} {self._looks}", None)
+            shards = self._open[region] = [*shards[start:], *shards[:start]]
         self._looks += 1
-        free: deque[tuple[ShardName, int]] = deque()
-        stale: deque[tuple[ShardName, int]] = deque()
         leased: list[tuple[float, ShardName, int]] = []
-        for shard in self._open:
+        for shard in shards:
             if shard in held:
                 continue
             generations = owners.get(shard.label)
             if not generations:
-                free.append((shard, 1))
-                if len(free) == _CANDIDATES:
+                survey.free.append((shard, 1))
+                if len(survey.free) == _CANDIDATES:
                     break
                 continue
             last = max(generations)
             if now - generations[last].modified > self._lease_seconds:
-                stale.append((shard, last + 1))
+                survey.stale.append((shard, last + 1))
             else:
                 leased.append((generations[last].modified, shard, last))
-        self._skipped, self._most_leased = 0, max(self._most_leased, len(leased))
-        # One that is released is not renewed any more, so it is among those that were longest silent.
-        released = set()
-        for _, shard, last in heapq.nsmallest(_READS, leased):
-            if self._folder.read_claim(shard, last).released:
-                free.append((shard, last + 1))
-                released.add(shard)
-        helpable = []
+        released = set() if survey.free else self._released(now, leased)
+        survey.free.extend((shard, last + 1) for _, shard, last in leased if shard in released)
         for _, shard, _ in leased:
             generations = helpers.get(shard.label, {})
             last = max(generations, default=0)
             helped = last > 0 and now - generations[last].modified <= self._lease_seconds
             if not helped and shard not in released:
-                helpable.append((shard, last + 1))
-        return Survey(self._shards - len(self._open), free, stale, helpable)
+                survey.helpable.append((shard, last + 1))
+        return survey
+
+    def _released(self, now: float, leased: list[tuple[float, ShardName, int]]) -> set[ShardName]:
+        """Those of the leases that are released: they are not renewed any more, so they are among those
+        that were longest silent."""
+        overdue = now - 1.25 * self._lease_seconds / RENEWALS_PER_LEASE
+        longest = heapq.nsmallest(_READS, leased)
+        return {
+            shard
+            for place, (modified, shard, last) in enumerate(longest)
+            if (place < _READS_OF_RENEWED or modified < overdue)
+            and self._folder.read_claim(shard, last).released
+        }
 
     def renew(self, lease: Lease) -> bool:
         """Rewrite our generation; False when there is a newer one, so the shard is somebody else's."""

@@ -24,8 +24,28 @@ from batchinfer.jobs.workbench import Workbench
 
 logger = logging.getLogger(__name__)
 
-FIRST_PATIENCE = 1.0
-PATIENCE_GROWTH = 1.5
+FIRST_WAIT = 0.25
+WAIT_GROWTH = 1.1
+
+
+class Patience:
+    """How long a worker that finds nothing waits: often the others are about to finish, so it looks soon,
+    and then less and less often, up to every ``most`` seconds: a tenth of what it has waited so far. So
+    it costs little, and it sees the end soon after."""
+
+    def __init__(self, most: float) -> None:
+        self._most = most
+        self.reset()
+
+    def reset(self) -> None:
+        """Something was found."""
+        self._next = FIRST_WAIT
+
+    def next(self, least: float) -> float:
+        """Seconds to wait now: ``least`` or more."""
+        seconds = max(least, min(self._next, self._most))
+        self._next = min(self._next * WAIT_GROWTH, self._most)
+        return seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +96,15 @@ class Feeder:
         self._work = work
         self.shards = work.shards
         self._worker = worker
-        self._patience = patience
+        self._patience = Patience(patience)
         self._n = work.sampling.n
 
     def run(self) -> None:
         """Feed until the worker stops, or every shard is committed, or has workers enough."""
-        patience = FIRST_PATIENCE
         while self._bench.wait_for_room():
             lease = self._claims.claim(self._bench.held())
             if lease is not None:
-                patience = FIRST_PATIENCE
+                self._patience.reset()
                 self._feed(lease)
             elif (
                 self._claims.all_committed()
@@ -98,15 +117,14 @@ class Feeder:
                 self.shards = following
                 self._claims.begin(list(following))
             elif not self._bench.held() and (lease := self._help()) is not None:
-                patience = FIRST_PATIENCE
+                self._patience.reset()
                 self._feed(lease)
             elif not self._bench.held() and self._claims.is_surplus():
                 self._bench.request_stop("done")
-            else:
-                # The others' leases may still go stale, so there may be work for us later. Often they are
-                # about to finish, so look soon, and then less and less often.
-                self._bench.wait_for_work(min(patience, self._patience))
-                patience *= PATIENCE_GROWTH
+            elif self._bench.held() or not self._claims.all_committed():
+                # The others' leases may still go stale, so there may be work for us later.
+                least = self._claims.least_wait()
+                self._bench.wait_for_work(self._patience.next(least))
 
     def _next_round(self) -> Mapping[ShardName, Shard]:
         return self._work.next_round(next(iter(self.shards)).round + 1)

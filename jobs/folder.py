@@ -21,6 +21,7 @@ from batchinfer.jobs.clock import Clock, SystemClock
 from batchinfer.jobs.records import (
     Claim,
     Control,
+    Count,
     Failure,
     JobRecord,
     PartFooter,
@@ -61,7 +62,16 @@ class ShardName:
     @property
     def label(self) -> str:
         """The shard's name in claims, progress and failures: ``00012``, or ``r001-00000``."""
-        return f"r{self.round:03d}-{self.index:05d}" if self.round else f"{self.index:05d}"
+        return f"{self.round_label}{self.index:05d}"
+
+    @property
+    def round_label(self) -> str:
+        """How the labels of its round begin."""
+        return f"r{self.round:03d}-" if self.round else ""
+
+    def region(self, digits: int) -> str:
+        """How the labels of its neighbours begin: those that differ from its own in the last ``digits``."""
+        return self.label[: len(self.label) - digits]
 
     @property
     def part(self) -> str:
@@ -247,16 +257,16 @@ class JobFolder:
 
     def list_claims(self, shard: ShardName | None = None) -> dict[str, dict[int, ObjectInfo]]:
         """Lease generations by shard label, of one shard or of all."""
-        return self.list_leases(shard)[0]
+        return self.list_leases(f"{shard.label}/" if shard else "")[0]
 
     def list_leases(
-        self, shard: ShardName | None = None
+        self, start: str = ""
     ) -> tuple[dict[str, dict[int, ObjectInfo]], dict[str, dict[int, ObjectInfo]]]:
-        """Lease generations by shard label, of one shard or of all: the owners', and the helpers'."""
-        prefix = "_batchinfer/claims/" + (f"{shard.label}/" if shard else "")
+        """Lease generations by shard label, of shards whose labels, with a slash behind them, begin with
+        ``start``: the owners', and the helpers'."""
         owners: dict[str, dict[int, ObjectInfo]] = {}
         helpers: dict[str, dict[int, ObjectInfo]] = {}
-        for info in self.store.list(prefix):
+        for info in self.store.list(f"_batchinfer/claims/{start}"):
             if match := _CLAIM.fullmatch(info.key):
                 leases = helpers if match["helper"] else owners
                 leases.setdefault(match["shard"], {})[int(match["generation"])] = info
@@ -309,10 +319,10 @@ class JobFolder:
         """The commit: True when the shard's part is ours."""
         return self.create(shard.part, data, nonce, lambda key: self.read_footer(shard).nonce)
 
-    def committed(self) -> dict[ShardName, ObjectInfo]:
-        """The parts there are."""
+    def committed(self, start: str = "") -> dict[ShardName, ObjectInfo]:
+        """The parts there are, of shards whose labels begin with ``start``."""
         found = {}
-        for info in self.store.list("part-"):
+        for info in self.store.list(f"part-{start}"):
             if (shard := ShardName.of_part(info.key)) is not None:
                 found[shard] = info
         return found
@@ -343,6 +353,17 @@ class JobFolder:
                 f"{self.uri}/{shard.part} was not written by this job: choose another output.uri, "
                 "or move that file away"
             ) from error
+
+    def read_count(self) -> Count | None:
+        """How many shards somebody counted as committed of late; None where nobody did."""
+        try:
+            return Count.from_bytes(self.store.get("_batchinfer/committed.json"))
+        except FileNotFoundError:
+            return None
+
+    def write_count(self, count: Count) -> None:
+        """Tell others how many shards are committed, so that few need to count them."""
+        self.store.put("_batchinfer/committed.json", count.to_bytes())
 
     # -- slots of the budget ----------------------------------------------------------------------
 

@@ -23,8 +23,8 @@ RATES_OFF = 0.15
 MOST_SIMULATED = 20_000
 # What a worker takes beside its engine: its interpreter's start, the folder of the job, the first claim and
 # the last commit, 1.0 to 1.2 s on two cores with local storage; and until it sees that the others are done,
-# for which it looks every one to three seconds (feeder.FIRST_PATIENCE).
-WORKER_SECONDS = 2.0
+# 0.4 s on average where it waits for up to ten seconds for that (feeder.Patience).
+WORKER_SECONDS = 1.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -132,6 +132,25 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Count:
+    """How many of a round's shards are committed (committed.json), as somebody counted ``at`` a time of the
+    store's: as shards stay committed, there are no fewer now. Whoever counts rewrites it."""
+
+    round: int
+    committed: int
+    at: float
+
+    def to_bytes(self) -> bytes:
+        """The record as JSON."""
+        return _json(asdict(self))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Count:
+        """The inverse of :meth:`to_bytes`."""
+        return cls(**json.loads(data))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
     """A bought slot of the budget (budget/NNNNNN.json): who bought it."""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from batchinfer.connectors.types import StorageError, TransientStorageError
 from batchinfer.jobs.budget import Allowance, BudgetSpent
-from batchinfer.jobs.claims import LEASE_SECONDS, RENEWALS_PER_LEASE, Claims
+from batchinfer.jobs.claims import GLANCES, LEASE_SECONDS, REGION_DIGITS, RENEWALS_PER_LEASE, Claims
 from batchinfer.jobs.clock import Clock, Thread
 from batchinfer.jobs.cost import Ledger
 from batchinfer.jobs.events import log_event
@@ -60,7 +60,8 @@ class Pace:
     ``flush`` is the longest time that finished work stays unsaved; ``stall`` how long an engine with
     work may say nothing; ``drain`` how long an engine may take for its last word. The summary is rewritten
     with every ``summary_shards``-th shard, and by workers that leave with at most ``summary_others`` others
-    about (see :class:`SummaryWriter`).
+    about (see :class:`SummaryWriter`). ``region_digits`` says how many shards one look sees (see
+    :class:`Claims`).
     """
 
     lease: float = LEASE_SECONDS
@@ -71,6 +72,7 @@ class Pace:
     engine_restarts: int = 3
     summary_shards: int = 1024
     summary_others: int = 32
+    region_digits: int = REGION_DIGITS
 
 
 class Supervisor:
@@ -97,12 +99,18 @@ class Supervisor:
         self.bench = Workbench(clock, Ledger(started_ns), worker, price, pace.read_ahead)
         self._heartbeat = Heartbeat(folder, self.bench, clock, record)
         self._claims = Claims(
-            folder, list(work.shards), worker, self._heartbeat.now, pace.lease, record.index
+            folder,
+            list(work.shards),
+            worker,
+            self._heartbeat.now,
+            pace.lease,
+            record.index,
+            pace.region_digits,
         )
         self._renewer = Renewer(
             folder, self.bench, clock, self._claims, self._heartbeat, pace.lease, self._stalled
         )
-        patience = pace.lease / RENEWALS_PER_LEASE
+        patience = pace.lease / RENEWALS_PER_LEASE / (GLANCES + 1)
         self._feeder = Feeder(folder, self.bench, self._claims, work, worker, patience)
         self._summary = SummaryWriter(
             folder,

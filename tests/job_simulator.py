@@ -28,7 +28,7 @@ import simulated_budget
 import simulated_people
 from simulated_engine import SimEngine, crashing, rejected, stalling, unreadable, unrendered, words
 from simulated_retry import PlainStore, check_rounds, heals, retried_rows
-from simulated_store import CALLS, FAULTS, FaultPlan, Faults, SimStore
+from simulated_store import AIMS, FaultPlan, Faults, SimStore
 from simulated_world import SECOND, Broken, Process, SimClock, World
 
 from batchinfer.connectors.batches import RowBatch
@@ -68,6 +68,7 @@ class Simulation:
     poison: bool = False
     budget: simulated_budget.Budget | None = None
     summary_shards: int = 1024
+    region_digits: int = 3
     world: World = field(init=False)
     engine_deaths: int = 0
     stops: int = 0
@@ -154,7 +155,8 @@ class Simulation:
                 while any(process.ended_ns is None for process in self.processes):
                     self.world.pause(5 * SECOND)
                 self.ask("go on", lambda control: replace(control, state="run"))
-            if self.budget is not None and self.budget.to_add and chance.random() < 0.2:
+            late = self.budget is not None and self.budget.to_add(self.world.now_ns)
+            if self.budget is not None and late and chance.random() < 0.2:
                 self.budget.add(self)
             if self._stopped():
                 self.stops += 1
@@ -234,6 +236,7 @@ class Simulation:
                 read_ahead=self.read_ahead,
                 engine_restarts=3,
                 summary_shards=self.summary_shards,
+                region_digits=self.region_digits,
             ),
             allowance,
         )
@@ -408,7 +411,9 @@ def from_seed(seed: int) -> Simulation:
     """The simulation that a seed stands for: its size, its faults, and everything that happens."""
     chance = random.Random(f"shape {seed}")
     # Every fault is aimed at every kind of call in turn; the shares add more of them anywhere.
-    fault, call = FAULTS[seed % len(FAULTS)], CALLS[seed // len(FAULTS) % len(CALLS)]
+    fault, call = AIMS[seed % len(AIMS)]
+    # There are few calls of these kinds in a job, so it is the first one that is struck.
+    few = call == "put failures" or "committed.json" in call
     by_people, stops = "of a person" in call, call in ("create control", "get failures")
     faults = Faults(
         kill=chance.choice([0.0, 0.01, 0.03, 0.08]),
@@ -418,16 +423,17 @@ def from_seed(seed: int) -> Simulation:
         slow=chance.choice([0.0, 0.05]),
         crash=chance.choice([0.0, 0.0, 0.05]),
         hang=chance.choice([0.0, 0.0, 0.05]),
+        phantom=chance.choice([0.0, 0.05]),
         budget=chance.choice([3, 10, 40]),
         aimed=(fault, call),
-        aimed_skips=0 if by_people or stops else chance.choice([0, 0, 1, 4]),
+        aimed_skips=0 if by_people or stops or few else chance.choice([0, 0, 1, 4]),
     )
     retries = 2 if "rounds" in call or by_people else chance.choice([0, 0, 1, 2])
     return Simulation(
         seed,
         faults,
-        workers=chance.randint(2, 6),
-        shards=chance.randint(3, 5) if by_people or stops else chance.randint(1, 5),
+        workers=6 if few else chance.randint(2, 6),
+        shards=chance.randint(3, 5) if by_people or stops or few else chance.randint(1, 5),
         rows=9 if by_people or stops else chance.choice([1, 4, 4, 9, 9, 25]),
         n=chance.choice([1, 1, 2]),
         limit=FailureLimit(0.1, 24 if call == "get failures" else 5)  # once there are parts, or at once
@@ -441,6 +447,7 @@ def from_seed(seed: int) -> Simulation:
         poison=stops or chance.random() < 0.4,
         budget=a_budget(chance) if "budget" in call or chance.random() < 0.25 else None,
         summary_shards=chance.choice([1, 2, 1024]),
+        region_digits=0 if few else chance.choice([0, 3]),
     )
 
 

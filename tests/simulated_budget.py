@@ -26,12 +26,13 @@ SLOW = 300 * SECOND
 class Budget:
     """A cap of worker time, of USD or of both, in seconds of a worker at the job's price; it is raised
     by ``raised`` of itself whenever nothing goes on any more. A ``late`` one is added to a job that began
-    without any."""
+    without any, ``after_ns`` or later."""
 
     seconds: float
     kind: str
     raised: float = 1.0
     late: bool = False
+    after_ns: int = 0
     workers: int = 1
     added_ns: int = 0
     caps: list[Cap] = field(default_factory=list)
@@ -56,9 +57,8 @@ class Budget:
         self.added_ns = simulation.world.now_ns
         self._add()
 
-    @property
-    def to_add(self) -> bool:
-        return self.late and not self.caps
+    def to_add(self, now_ns: int) -> bool:
+        return self.late and not self.caps and now_ns >= self.after_ns
 
     def raise_cap(self, world: World, number: int) -> None:
         self.seconds += max(self.raised * self.seconds, 2 * self.slot / SECOND)

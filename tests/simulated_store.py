@@ -15,13 +15,14 @@ from batchinfer.connectors.types import ObjectInfo, TransientStorageError
 
 EPOCH = 1_800_000_000
 
-FAULTS = ("kill_before", "kill_after", "freeze", "lost_reply", "error")
+FAULTS = ("kill_before", "kill_after", "freeze", "lost_reply", "error", "phantom")
 CALLS = (
     *("list claims", "create claims", "put claims", "get claims"),
     *("list progress", "create progress", "get progress", "delete progress"),
     *("create inflight", "get inflight", "delete inflight"),
     *("put failures", "create part", "head part", "get part", "list part"),
     *("put workers", "head workers", "list workers", "get workers"),
+    *("put committed.json", "get committed.json"),
     *("list control", "get control", "put summary.json", "get summary.json", "read input"),
     *("list rounds", "get rounds", "list budget", "create budget", "get budget"),
     *("create control", "get failures"),  # by a worker: the job stops itself
@@ -31,6 +32,11 @@ CALLS = (
     *("get failures of a person", "get plan of a person"),
 )
 
+AIMS = [
+    (fault, call) for call in CALLS for fault in FAULTS if fault != "phantom" or call.startswith("create")
+]
+"""Every fault with each kind of call that it may strike: only a create can be told that its object exists,
+which is not there afterwards."""
 
 _UPLOADS = ("create part", "create progress", "create inflight", "put failures")
 
@@ -45,6 +51,7 @@ class Faults:
     freeze: float = 0.0
     lost_reply: float = 0.0
     error: float = 0.0
+    phantom: float = 0.0
     slow: float = 0.0
     crash: float = 0.0
     hang: float = 0.0
@@ -123,6 +130,10 @@ class SimStore:
         if fault == "error":
             world.log(f"error before {kind} {key}")
             raise TransientStorageError(f"{key}: 500")
+        if fault == "phantom":
+            world.log(f"{kind} {key} -> False, by mistake")
+            world.pause(delay - delay // 2)
+            return False
         try:
             result = effect()
         except FileNotFoundError:
@@ -179,7 +190,7 @@ def check_write(world: World, process: Process, key: str, content: bytes) -> Non
     elif key.startswith("_batchinfer/workers/"):
         if key != f"_batchinfer/workers/{process.name}.json":
             raise Broken(f"{process.name} rewrites somebody else's {key}")
-    elif key != "_batchinfer/summary.json":
+    elif key not in ("_batchinfer/summary.json", "_batchinfer/committed.json"):
         raise Broken(f"{process.name} rewrites {key}, which is immutable")
 
 
@@ -222,6 +233,7 @@ class FaultPlan:
             ("freeze", faults.freeze),
             ("lost_reply", faults.lost_reply),
             ("error", faults.error),
+            ("phantom", faults.phantom if call.startswith("create") else 0.0),
         ):
             if draw < share:
                 if self._left == 0:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from batchinfer.connectors.types import ObjectInfo
 from batchinfer.engine.types import Completion, Decoded
-from batchinfer.jobs.claims import Claims
-from batchinfer.jobs.feeder import helping_pays
+from batchinfer.jobs.claims import GLANCES, Claims, Lease
+from batchinfer.jobs.feeder import Patience, helping_pays
 from batchinfer.jobs.folder import JobFolder, ShardName
+from batchinfer.jobs.prediction import WORKER_SECONDS
 from batchinfer.jobs.progress import Progress, ProgressWriter, delete_progress, read_progress
-from batchinfer.jobs.records import Claim, Failure
+from batchinfer.jobs.records import Claim, Count, Failure
 from batchinfer.jobs.samples import Charge, Finished, Flight, Partial, SampleKey
 from batchinfer.jobs.suspects import Suspicion
 
@@ -72,22 +76,30 @@ def claims_of(store: TimedStore, worker: str, hint: int | None = 0) -> Claims:
     return Claims(JobFolder(store), NAMES, worker, lambda: store.time, hint=hint)
 
 
+def claim(claims: Claims) -> Lease | None:
+    """What calling it again and again comes to, as a worker does."""
+    for _ in range(GLANCES + 1):
+        if (lease := claims.claim([])) is not None:
+            return lease
+    return None
+
+
 def test_a_shard_has_one_owner_until_the_lease_is_stale_or_released(store: TimedStore) -> None:
     first, second = claims_of(store, "a"), claims_of(store, "b")
     leases = [first.claim([]) for _ in NAMES]
     assert sorted(lease.shard for lease in leases if lease) == NAMES
-    assert first.claim([]) is None and second.claim([]) is None
+    assert claim(first) is None and claim(second) is None
     assert not second.all_committed()
     store.time += 59
-    assert second.claim([]) is None
+    assert claim(second) is None
     assert leases[1] is not None and first.renew(leases[1])
     store.time += 2
-    taken = [second.claim([]) for _ in range(4)]
+    taken = [claim(second) for _ in range(4)]
     assert {lease.shard for lease in taken if lease} == {*NAMES} - {leases[1].shard}
     assert {lease.generation for lease in taken if lease} == {2}
     assert leases[0] is not None and not first.renew(leases[0]), "a zombie sees that it is one"
     first.release(leases[1])
-    again = second.claim([])
+    again = claim(second)
     assert again is not None and (again.shard, again.generation) == (leases[1].shard, 2)
 
 
@@ -101,14 +113,14 @@ def test_a_shard_has_one_helper_until_its_lease_is_stale(store: TimedStore) -> N
     assert lease is not None and lease.helper
     assert third.help(shard, generation) is None
     assert second.at_work(shard) == {"a", "b"}
-    third.claim([])
+    claim(third)
     assert shard not in [name for name, _ in third.helpable()]
     store.time += 50
     for owned in leases:
         assert owned is not None and owner.renew(owned)
     store.time += 50
     assert second.at_work(shard) == {"a"}, "the helper was not seen for too long"
-    third.claim([])
+    claim(third)
     store.put(NAMES[0].part, b"committed")
     offered = dict(third.helpable())
     if shard in offered:
@@ -188,7 +200,7 @@ def test_one_look_serves_many_claims(store: TimedStore) -> None:
     claims = claims_of(store, "a")
     for _ in NAMES:
         claims.claim([])
-    assert store.calls.count("list _batchinfer/claims/") == 1
+    assert len([call for call in store.calls if call.startswith("list _batchinfer/claims/")]) == 1
 
 
 def many(store: TimedStore, shards: int, worker: str) -> Claims:
@@ -214,17 +226,180 @@ def test_a_look_at_many_leases_reads_a_few_and_finds_the_released_one(store: Tim
     assert len(reads) <= 64
 
 
-def test_among_many_workers_a_look_that_finds_nothing_is_seldom_repeated(store: TimedStore) -> None:
+def lists(store: TimedStore) -> Counter[str]:
+    """How often what was listed."""
+    found = Counter(call.split()[1] for call in store.calls if call.startswith("list "))
+    store.calls.clear()
+    return found
+
+
+def test_a_worker_that_finds_nothing_glances_at_the_parts_between_its_looks(store: TimedStore) -> None:
     owner = many(store, 640, "a")
     leases = [lease for _ in range(640) if (lease := owner.claim([])) is not None]
     idle = many(store, 640, "b")
+    store.put("_batchinfer/workers/b.json", b"{}")
     store.calls.clear()
-    assert [idle.claim([]) for _ in range(12)] == [None] * 12
-    assert store.calls.count("list _batchinfer/claims/") == 2
-    # When the end is near it looks: others may have left something, or it may leave.
+    assert [idle.claim([]) for _ in range(2 * (GLANCES + 1))] == [None] * 2 * (GLANCES + 1)
+    assert lists(store) == {
+        "part-00": 2 * (GLANCES + 1),
+        "_batchinfer/claims/00": 2,
+        "_batchinfer/workers/": 1,
+    }
+    idle.claim([])
     for lease in leases:
         store.put(lease.shard.part, b"x")
-    assert idle.claim([]) is None and idle.all_committed()
+    store.calls.clear()
+    assert idle.claim([]) is None and idle.all_committed(), "a glance is enough to see the end"
+    assert store.calls == ["list part-00"]
+
+
+def test_workers_poll_the_more_seldom_the_more_there_are(store: TimedStore) -> None:
+    owner = many(store, 40, "a")
+    while owner.claim([]) is not None:
+        pass
+    waits = []
+    for workers in (1, 10, 100, 1000, 100_000):
+        for number in range(workers):
+            store.put(f"_batchinfer/workers/{number}.json", b"{}")
+        idle = many(store, 40, "0")
+        assert idle.claim([]) is None
+        waits.append(idle.least_wait())
+        del store.objects["_batchinfer/workers/0.json"]
+    assert waits == [1 / 200, 10 / 200, 100 / 200, 1000 / 200, 60.0]
+
+
+def seconds_until_seen(after: float) -> float:
+    """How long after something happened, ``after`` seconds from its first poll on, an idle worker looks."""
+    patience, at = Patience(15 / (GLANCES + 1)), 0.0
+    while at < after:
+        at += patience.next(0.0)
+    return at - after
+
+
+def test_an_idle_worker_sees_the_end_soon_after_it() -> None:
+    for tenths in range(1, 1000):
+        assert seconds_until_seen(tenths / 10) <= min(0.25 + 0.1 * tenths / 10, 3.75) + 1e-9
+    # What a prediction takes for it, beside 1.1 s for the worker's own beginning and end.
+    seen = [seconds_until_seen(tenths / 10) for tenths in range(1, 101)]
+    assert sum(seen) / len(seen) == pytest.approx(WORKER_SECONDS - 1.1, abs=0.1)
+
+
+# -- jobs of more than one region -------------------------------------------------------------------
+
+
+def test_a_look_at_a_large_job_is_at_one_region(store: TimedStore) -> None:
+    claims = many(store, 5000, "a")
+    store.calls.clear()
+    lease = claims.claim([])
+    assert lease is not None and lease.shard.index == 0
+    assert lists(store) == {"part-00": 1, "_batchinfer/claims/00": 1}
+
+
+STATES = ["free", "stale", "released", "leased", "done"]
+
+
+@given(st.integers(0, 2), st.lists(st.sampled_from(STATES), min_size=1))
+def test_whoever_looks_again_and_again_gets_all_there_is_and_sees_the_end(
+    digits: int, states: list[str]
+) -> None:
+    store = TimedStore()
+    folder = JobFolder(store)
+    names = [ShardName(0, index, len(states)) for index in range(len(states))]
+    for name, state in zip(names, states, strict=True):
+        store.time = 1000.0 if state == "stale" else 1100.0
+        if state == "done":
+            store.put(name.part, b"x")
+        elif state != "free":
+            claim = Claim(worker="other", nonce="n", released=state == "released")
+            assert folder.create_claim(name, 1, claim)
+    store.time = 1100.0
+    claims = Claims(folder, names, "me", lambda: store.time, region_digits=digits)
+    # Eight leases are read at each look: those of others hide released ones for as many looks.
+    taken = []
+    for _ in range((GLANCES + 2) * (len(states) + 1)):
+        if (lease := claims.claim([lease.shard for lease in taken])) is not None:
+            taken.append(lease)
+        for name, state in zip(names, states, strict=True):
+            if state == "leased" and name.part not in store.objects:
+                store.time += 0.001
+                folder.rewrite_claim(name, 1, Claim(worker="other", nonce="n"))
+    wanted = {
+        (name, 1 if state == "free" else 2)
+        for name, state in zip(names, states, strict=True)
+        if state not in ("done", "leased")
+    }
+    assert {(lease.shard, lease.generation) for lease in taken} == wanted
+    for name in names:
+        assert not claims.all_committed() or all(other.part in store.objects for other in names)
+        store.put(name.part, b"x")
+    for _ in range(GLANCES + 1 + len(names)):
+        claims.claim([])
+    assert claims.all_committed()
+
+
+def test_one_counts_the_committed_shards_for_all(store: TimedStore) -> None:
+    folder = JobFolder(store)
+    names = [ShardName(0, index, 40) for index in range(40)]
+    workers = [f"w{number:02d}" for number in range(30)]
+    claims = {
+        worker: Claims(folder, names, worker, lambda: store.time, region_digits=1) for worker in workers
+    }
+    for name in names:
+        assert folder.create_claim(name, 1, Claim(worker="owner", nonce="n"))
+    spread = [*names[::4], *names[1::4], *names[2::4], *names[3::4]]
+    for name in spread[:30]:
+        store.put(name.part, b"x")
+
+    def too_many() -> list[str]:
+        for worker in workers:
+            store.put(f"_batchinfer/workers/{worker}.json", b"{}")
+        store.calls.clear()
+        found = set()
+        for worker in workers * (GLANCES + 1):
+            assert claims[worker].claim([]) is None
+            if claims[worker].is_surplus():
+                found.add(worker)
+        return sorted(found)
+
+    # Ten shards are open, so there are places for twenty workers.
+    assert too_many() == workers[20:]
+    assert lists(store)["part-"] == 1
+    for name in spread[30:38]:
+        store.put(name.part, b"x")
+    assert set(too_many()) >= set(workers[20:])
+    assert lists(store)["part-"] == 0, "a count serves for ten seconds"
+    store.time += 11
+    assert too_many() == workers[4:]
+    assert lists(store)["part-"] <= 1
+
+
+@pytest.mark.parametrize("true", [True, False])
+def test_nobody_takes_anothers_word_for_it_that_all_is_done(store: TimedStore, true: bool) -> None:
+    folder = JobFolder(store)
+    names = [ShardName(0, index, 40) for index in range(40)]
+    store.put("_batchinfer/workers/w.json", b"{}")
+    for name in names:
+        assert folder.create_claim(name, 1, Claim(worker="owner", nonce="n"))
+    claims = Claims(folder, names, "w", lambda: store.time, region_digits=1)
+    assert claims.claim([]) is None
+    for name in names if true else names[1:]:
+        store.put(name.part, b"x")
+    folder.write_count(Count(round=0, committed=40, at=store.time))
+    # Not too many either: the next round may have begun.
+    assert not claims.is_surplus()
+    assert claims.all_committed() is true
+
+
+def test_the_count_of_another_round_says_nothing(store: TimedStore) -> None:
+    folder = JobFolder(store)
+    names = [ShardName(1, index, 40) for index in range(40)]
+    folder.write_count(Count(round=0, committed=40, at=store.time))
+    store.put("_batchinfer/workers/w.json", b"{}")
+    for name in names:
+        assert folder.create_claim(name, 1, Claim(worker="owner", nonce="n"))
+    claims = Claims(folder, names, "w", lambda: store.time, region_digits=1)
+    assert claims.claim([]) is None and not claims.is_surplus()
+    assert folder.read_count() == Count(round=1, committed=0, at=store.time)
 
 
 def test_whoever_loses_a_race_goes_on_elsewhere(store: TimedStore) -> None:
@@ -329,11 +504,15 @@ def test_workers_beyond_the_places_at_open_shards_are_too_many_and_no_others(sto
     folder = JobFolder(store)
 
     def too_many() -> list[str]:
+        found = []
         for worker in workers[1:]:
             store.put(f"_batchinfer/workers/{worker}.json", b"{}")
-            everybody[worker].survey([])
-            everybody[worker].claim([])
-        return [worker for worker in workers[1:] if everybody[worker].is_surplus()]
+        for worker in workers[1:]:
+            for _ in range(GLANCES + 1):
+                everybody[worker].claim([])
+                if everybody[worker].is_surplus():
+                    found.append(worker)
+        return found
 
     store.put("_batchinfer/workers/w0.json", b"{}")
     for name in NAMES:

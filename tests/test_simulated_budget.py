@@ -13,6 +13,7 @@ from simulated_world import Broken
 
 from batchinfer.jobs import supervisor as supervisor_module
 from batchinfer.jobs.budget import Allowance, Slots
+from batchinfer.jobs.unbought import Unbought
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +63,27 @@ def everybody_settles_before_leaving(patch: pytest.MonkeyPatch) -> None:
         return leave(self, *threads)
 
     patch.setattr(supervisor_module.Supervisor, "_leave", early)
+
+
+def late_world(seed: int) -> Any:
+    """A job that gets a budget long after its workers have begun, which pays for some more of it."""
+    after = simulator.simulated_budget.SLOW + 60 * simulator.SECOND
+    kind = ("time", "usd", "both")[seed % 3]
+    return simulator.Simulation(
+        seed,
+        simulator.Faults(),
+        budget=simulator.simulated_budget.Budget(1100.0, kind, late=True, after_ns=after),
+        shards=30,
+        rows=25,
+        capacity=2,
+    )
+
+
+def test_a_late_budget_that_forgets_what_was_spent_before_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    late_world(0).run()
+    monkeypatch.setattr(Unbought, "spent", lambda self: (0, 0.0))
+    with pytest.raises(Broken, match="the bill is"):
+        late_world(0).run()
 
 
 @pytest.mark.parametrize(
