@@ -218,10 +218,18 @@ class Workbench:
     def take_requests(self, room: int) -> list[Request]:
         """Up to ``room`` requests of shards that are still ours, marked as being in the engine: each for
         what is missing of its row by now, to continue from what is known."""
-        if room and self.suspects.active:
-            room = min(room, self._suspects_first(room))
         taken: list[Request] = []
-        while self.queue and len(taken) < room:
+        while room and not taken and self.suspects.active:
+            group = self.suspects.next_group(room)
+            taken = self._take(self.queue.bring_forward(set(group)), room)
+        return taken or self._take(len(self.queue), room)
+
+    def _take(self, first: int, room: int) -> list[Request]:
+        """Those of the ``first`` requests of the queue, up to ``room``, that the engine may get now. On
+        a trial they are the group's alone: the next ones may be of another group."""
+        taken: list[Request] = []
+        while first and len(taken) < room:
+            first -= 1
             request = self.queue.pop()
             shard = self._shard_of(request.index)
             if shard is None or not (missing := shard.missing(request.index)):
@@ -239,13 +247,6 @@ class Workbench:
         if taken:
             self.changed.notify_all()
         return taken
-
-    def _suspects_first(self, room: int) -> int:
-        """Put the next group of suspects at the head of the queue; returns how many the engine may get."""
-        while group := self.suspects.next_group(room):
-            if found := self.queue.bring_forward(set(group)):
-                return found
-        return room
 
     def accept(self, items: Iterable[Completion | Rejection], spent: Spent) -> None:
         """Results from the engine."""
