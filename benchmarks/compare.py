@@ -66,12 +66,16 @@ class Runner:
         return answer
 
 
+def machine_cpu_seconds() -> float:
+    """CPU seconds since boot of the whole machine."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().split(maxsplit=9)[1:9]]
+    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+
+
 def _cpu_seconds(process: int) -> tuple[float, float]:
     """CPU seconds since boot of the whole machine, and of one process."""
-    tick = os.sysconf("SC_CLK_TCK")
-    machine = [int(field) for field in Path("/proc/stat").read_text().split(maxsplit=9)[1:9]]
     own = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (sum(machine) - machine[3] - machine[4]) / tick, (int(own[11]) + int(own[12])) / tick
+    return machine_cpu_seconds(), (int(own[11]) + int(own[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:

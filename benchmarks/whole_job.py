@@ -13,14 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from compare import Runner
+from compare import Runner, machine_cpu_seconds
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from s3_server import any_server  # the same server as the demo's
@@ -47,8 +49,15 @@ def child_cpu_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
+def ended_cpu_seconds() -> float:
+    """CPU seconds of this process's children that have ended, and of theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def run_job(prompts: list[str], tokens: int, model: str, folder: Path) -> dict[str, float]:
-    """Answer ``prompts`` by a job with one worker; seconds of its bill, and of the server."""
+    """Answer ``prompts`` by a job with one worker: seconds of its bill and of the server's CPU, and the
+    share of the machine that others took meanwhile."""
     from batchinfer.connectors.storage import open_store
     from batchinfer.jobs.folder import JobFolder
     from batchinfer.jobs.status import StatusReader
@@ -70,17 +79,20 @@ def run_job(prompts: list[str], tokens: int, model: str, folder: Path) -> dict[s
         os.environ |= server.environment
         server.create_bucket("bench")
         open_store("s3://bench/prompts").put(table.name, table)
-        before = child_cpu_seconds()
+        before, begun = child_cpu_seconds(), time.perf_counter()
+        others = machine_cpu_seconds() - ended_cpu_seconds()
         subprocess.run(
             [sys.executable, "-P", "-m", "batchinfer", "submit", str(spec), "--wait"], check=True
         )
-        cpu = child_cpu_seconds() - before
+        cpu, took = child_cpu_seconds() - before, time.perf_counter() - begun
+        others = machine_cpu_seconds() - ended_cpu_seconds() - cpu - others
         settlement = StatusReader(JobFolder(open_store(JOB_URI))).settlement()
     bill = settlement.bill
     seconds = {
         name: getattr(bill, name) / 1e9 for name in ("total", "startup", "rows", "idle", "storage", "waste")
     }
-    return seconds | {"server_cpu": cpu, "tokens": settlement.completion_tokens}
+    share = max(0.0, others) / (took * (os.cpu_count() or 1))
+    return seconds | {"server_cpu": cpu, "tokens": settlement.completion_tokens, "others": share}
 
 
 def main() -> None:
@@ -118,7 +130,7 @@ def main() -> None:
     print(f"| of it, s | {parts} | |")
     print(f"| output tok/s | {made / worked:.1f} | {made / bare['seconds']:.1f} |")
     print(f"| CPU seconds of the S3 server | {job['server_cpu']:.1f} | |")
-    print(f"| taken by other programs | | {bare['others']:.0%} |")
+    print(f"| taken by other programs | {job['others']:.0%} | {bare['others']:.0%} |")
     print(f"| ratio | {bare['seconds'] / worked:.3f} | |")
 
 
