@@ -1,6 +1,7 @@
 """Where a step's time goes, operator by operator, beside what this machine could do at best.
 
-    python benchmarks/operators.py [--threads 2] [--sequences 128] [--context 160] [--prefill 2048]
+    python benchmarks/operators.py [--threads 2] [--sequences 128] [--context 160] [--prefill 2048] \\
+        [--kv-dtype int8]
 
 The shapes are SmolLM2-135M's. Each figure is the least of several runs, since other programs only add to
 a time; the limits (products, reads) are measured in the same run. One layer's time is multiplied by the
@@ -55,14 +56,20 @@ def step(sequences: int, context: int, queries: int, block: int, shared: int = 0
 
 
 def measure(
-    title: str, batch: AttentionBatch, quantize: str | None, dtype: torch.dtype, limits: dict[str, float]
+    title: str,
+    batch: AttentionBatch,
+    quantize: str | None,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    limits: dict[str, float],
 ) -> dict[str, object]:
     """Milliseconds of every operator of one step, and of the least that operations and bytes need."""
     ops = load()
-    spec = KVSpec(LAYERS, KV_HEADS, SIZE, dtype)
+    spec = KVSpec(LAYERS, KV_HEADS, SIZE, kv_dtype)
     tokens, sequences = len(batch.positions), len(batch.context_lens)
     cache: CPUKVCache = ops.allocate_kv(spec, int(batch.block_tables.max()) + 1, torch.device("cpu"))
-    cache.data.normal_()
+    # Numbers between 1 and 2 of any type, and any int8 beside scales between 1 and 2.
+    cache.data.view(torch.int32).fill_(0x3FA03FA0)
     width = (HEADS + 2 * KV_HEADS) * SIZE
     shapes = {
         "qkv": (width, HIDDEN),
@@ -93,7 +100,8 @@ def measure(
     rows["attention"] = (took, max(4 * pairs * SIZE / limits["operations"], read / limits["bytes"]))
     took = least(lambda i: ops.rotary_and_store(qkv, cos_sin, batch, cache, i, HEADS, None, None, 1e-5))
     rows["rotary and store"] = (took, 2 * qkv.nbytes * LAYERS / limits["bytes"])
-    took = 2 * least(lambda i: ops.add_rms_norm(hidden, hidden, norm, 1e-5))
+    added, residual = torch.zeros_like(hidden), hidden.clone()
+    took = 2 * least(lambda i: ops.add_rms_norm(added, residual, norm, 1e-5))
     rows["add and norm"] = (took, 8 * hidden.nbytes * LAYERS / limits["bytes"])
     head = ops.pack_linear(torch.randn(VOCABULARY, HIDDEN).to(dtype), None, quantize)
     last = hidden[:sequences]
@@ -130,10 +138,12 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=160)
     parser.add_argument("--prefill", type=int, default=2048)
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--kv-dtype", choices=["bf16", "fp32", "int8"], help="default: the dtype")
     parser.add_argument("--quantize", choices=["int8"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
+    dtype, kv_dtype = dtypes[options.dtype], dtypes[options.kv_dtype or options.dtype]
     limits = machine_limits(dtype)
     sequences, context, prefill = options.sequences, options.context, options.prefill
     steps = {
@@ -144,9 +154,12 @@ def main() -> None:
     report = {
         "threads": options.threads,
         "dtype": options.dtype,
+        "kv_dtype": options.kv_dtype or options.dtype,
         "quantize": options.quantize,
         "limits": {"TFLOP/s": limits["operations"] / 1e12, "GB/s": limits["bytes"] / 1e9},
-        "steps": [measure(name, batch, options.quantize, dtype, limits) for name, batch in steps.items()],
+        "steps": [
+            measure(name, batch, options.quantize, dtype, kv_dtype, limits) for name, batch in steps.items()
+        ],
     }
     print(json.dumps(report, indent=1))
 

@@ -23,7 +23,10 @@ class KernelsUnavailable(ImportError):
 
 @dataclass(frozen=True, slots=True)
 class KVSpec:
-    """The shape of a KV cache: ``dtype`` is a torch dtype (int8 and fp8 caches keep scales beside)."""
+    """The shape of a KV cache: ``dtype`` is a torch dtype (int8 and fp8 caches keep scales beside).
+
+    In int8 each key and each value of a head is rounded to the multiples of its largest magnitude / 127.
+    """
 
     num_layers: int
     num_kv_heads: int
@@ -112,7 +115,10 @@ class Operators(Protocol):
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual sum x + residual (rounded to x's dtype), normed: (normed, sum), both [T, H]."""
+        """The residual sum x + residual (rounded to x's dtype), normed: (normed, sum), both [T, H].
+
+        May write over ``x`` and ``residual``.
+        """
         ...
 
     def rotary_and_store(

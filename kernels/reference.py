@@ -18,13 +18,18 @@ _MASK32 = 0xFFFFFFFF
 
 @dataclass(frozen=True, slots=True)
 class ReferenceKVCache:
-    """Keys and values of all layers: each [num_layers, num_blocks, block_size, Hkv, D]."""
+    """Keys and values of all layers: each [num_layers, num_blocks, block_size, Hkv, D].
+
+    In int8 each is so many times its scale: fp32 [num_layers, num_blocks, block_size, Hkv, 1].
+    """
 
     spec: KVSpec
     block_size: int
     num_blocks: int
     keys: torch.Tensor
     values: torch.Tensor
+    key_scales: torch.Tensor | None = None
+    value_scales: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +61,20 @@ class ReferenceOperators:
 
     def block_bytes(self, spec: KVSpec) -> int:
         """Bytes of keys and values of one block over all layers."""
-        per_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_size * spec.dtype.itemsize
-        return per_token * self.block_size(spec)
+        per_head = spec.head_size * spec.dtype.itemsize + (4 if spec.dtype == torch.int8 else 0)
+        return 2 * spec.num_layers * spec.num_kv_heads * per_head * self.block_size(spec)
 
     def allocate_kv(self, spec: KVSpec, num_blocks: int, device: torch.device) -> ReferenceKVCache:
-        """Zeroed pages. Raises ValueError for a dtype that needs scales."""
-        if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        """Zeroed pages. Raises ValueError for a dtype that they don't keep."""
+        if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
             raise ValueError(f"The reference operators keep no KV cache of {spec.dtype}.")
         size = self.block_size(spec)
         shape = (spec.num_layers, num_blocks, size, spec.num_kv_heads, spec.head_size)
         keys, values = (torch.zeros(shape, dtype=spec.dtype, device=device) for _ in range(2))
-        return ReferenceKVCache(spec, size, num_blocks, keys, values)
+        if spec.dtype != torch.int8:
+            return ReferenceKVCache(spec, size, num_blocks, keys, values)
+        key_scales, value_scales = (torch.zeros((*shape[:-1], 1), device=device) for _ in range(2))
+        return ReferenceKVCache(spec, size, num_blocks, keys, values, key_scales, value_scales)
 
     def pack_linear(
         self, weight: torch.Tensor, bias: torch.Tensor | None, quantize: str | None
@@ -129,8 +137,11 @@ class ReferenceOperators:
             k = self.rms_norm(k, k_norm, eps)
         turn = cos_sin[batch.positions].unsqueeze(1)
         q, k = _rotate(q, turn), _rotate(k, turn)
-        kv.keys[layer].flatten(0, 1)[batch.slots] = k.to(kv.spec.dtype)
-        kv.values[layer].flatten(0, 1)[batch.slots] = v.to(kv.spec.dtype)
+        for x, pages, scales in ((k, kv.keys, kv.key_scales), (v, kv.values, kv.value_scales)):
+            if scales is not None:
+                x, scale = _round_to_int8(x)
+                scales[layer].flatten(0, 1)[batch.slots] = scale
+            pages[layer].flatten(0, 1)[batch.slots] = x.to(kv.spec.dtype)
         return q
 
     def attention(
@@ -236,6 +247,22 @@ def _rotate(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     return torch.cat((turned, x[..., 2 * half :]), dim=-1)
 
 
+def _round_to_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x`` [T, heads, D] as whole multiples (fp32, up to 127) of a scale: fp32 [T, heads, 1]."""
+    largest = x.float().abs().amax(-1, keepdim=True)
+    # A number over a tensor would be its reciprocal, rounded, times the number.
+    inverse = torch.where(largest > 0.0, torch.full_like(largest, 127.0) / largest, 0.0)
+    return (x.float() * inverse).round(), largest / 127.0
+
+
+def _read(
+    pages: torch.Tensor, scales: torch.Tensor | None, layer: int, blocks: torch.Tensor
+) -> torch.Tensor:
+    """The ``blocks`` [N, B] of a layer in fp32: [N, B, block_size, Hkv, D]."""
+    elements = pages[layer][blocks].float()
+    return elements if scales is None else elements * scales[layer][blocks]
+
+
 def _portions(
     members: list[int], contexts: list[int], queries: int, heads: int, spec: KVSpec
 ) -> list[list[int]]:
@@ -270,8 +297,8 @@ def _attend(
     blocks = torch.where(held, batch.block_tables[index, :num_blocks], 0).long()
     # [N, Hkv, C, D]
     k, v = (
-        pages[layer][blocks].flatten(1, 2)[:, :context].float().transpose(1, 2)
-        for pages in (kv.keys, kv.values)
+        _read(pages, scales, layer, blocks).flatten(1, 2)[:, :context].transpose(1, 2)
+        for pages, scales in ((kv.keys, kv.key_scales), (kv.values, kv.value_scales))
     )
     grouped = q.float().view(count, queries, kv_heads, heads // kv_heads, -1).permute(0, 2, 3, 1, 4)
     out = torch.empty_like(grouped)

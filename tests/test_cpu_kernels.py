@@ -132,7 +132,9 @@ class Step:
         with threads(1):
             result = self.attend(ops, window, cap)
         expected = self.attend(REFERENCE, window, cap)
-        tolerance = max(TOLERANCE[self.q.dtype], TOLERANCE[self.caches["cpu"].spec.dtype])
+        tolerance = max(
+            TOLERANCE[self.q.dtype], TOLERANCE.get(self.caches["cpu"].spec.dtype, INT8_TOLERANCE)
+        )
         assert result.dtype == expected.dtype and result.shape == expected.shape
         torch.testing.assert_close(result.float(), expected.float(), atol=tolerance, rtol=tolerance)
         with threads(2):
@@ -140,39 +142,69 @@ class Step:
         return result
 
 
+CACHES = [*DTYPES, torch.int8]
+# Queries and weights are rounded to 15 bits; the caches are equal.
+INT8_TOLERANCE = 2e-3
 EDGES = [1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 160, 255, 256, 257]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_decode_at_every_edge_of_blocks_and_splits(ops: CPUOperators, dtype: torch.dtype) -> None:
-    Step(ops, EDGES, [1] * len(EDGES), heads=6, kv_heads=2, size=64, dtype=dtype).check(ops)
+@pytest.mark.parametrize("kv_dtype", CACHES)
+def test_decode_at_every_edge_of_blocks_and_splits(ops: CPUOperators, kv_dtype: torch.dtype) -> None:
+    dtype = torch.float32 if kv_dtype == torch.int8 else kv_dtype
+    ones = [1] * len(EDGES)
+    Step(ops, EDGES, ones, heads=6, kv_heads=2, size=64, dtype=dtype, kv_dtype=kv_dtype).check(ops)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_prefill_at_every_edge(ops: CPUOperators, dtype: torch.dtype) -> None:
-    Step(ops, EDGES, EDGES, heads=6, kv_heads=2, size=64, dtype=dtype).check(ops)
+@pytest.mark.parametrize("kv_dtype", CACHES)
+def test_prefill_at_every_edge(ops: CPUOperators, kv_dtype: torch.dtype) -> None:
+    dtype = torch.float32 if kv_dtype == torch.int8 else kv_dtype
+    Step(ops, EDGES, EDGES, heads=6, kv_heads=2, size=64, dtype=dtype, kv_dtype=kv_dtype).check(ops)
 
 
 @pytest.mark.parametrize("size", [2, 8, 24, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 8])
 def test_group_and_head_sizes(ops: CPUOperators, size: int, group: int) -> None:
-    for dtype in DTYPES:
-        Step(ops, [5, 33, 150], [5, 1, 40], heads=2 * group, kv_heads=2, size=size, dtype=dtype).check(ops)
+    for dtype, kv_dtype in [*zip(DTYPES, DTYPES, strict=True), (torch.float32, torch.int8)]:
+        Step(
+            ops,
+            [5, 33, 150],
+            [5, 1, 40],
+            heads=2 * group,
+            kv_heads=2,
+            size=size,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+        ).check(ops)
 
 
 @pytest.mark.parametrize("window", [1, 7, 32, 33, 100, 128, 1000])
 @pytest.mark.parametrize("cap", [0.0, 5.0])
 def test_window_and_soft_cap(ops: CPUOperators, window: int, cap: float) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        step = Step(ops, [400, 33, 300, 1], [1, 33, 170, 1], heads=4, kv_heads=2, size=64, dtype=dtype)
+    contexts, queries = [400, 33, 300, 1], [1, 33, 170, 1]
+    for dtype, kv_dtype in ((torch.float32, None), (torch.bfloat16, None), (torch.float32, torch.int8)):
+        step = Step(ops, contexts, queries, heads=4, kv_heads=2, size=64, dtype=dtype, kv_dtype=kv_dtype)
         step.check(ops, window, cap)
 
 
-@pytest.mark.parametrize("kv_dtype", DTYPES)
+@pytest.mark.parametrize("kv_dtype", CACHES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cache_of_another_type(ops: CPUOperators, dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
     step = Step(ops, [70, 200], [70, 1], heads=4, kv_heads=2, size=80, dtype=dtype, kv_dtype=kv_dtype)
     step.check(ops)
+
+
+@pytest.mark.parametrize("kv_dtype", CACHES)
+@pytest.mark.parametrize("damage", [torch.nan, torch.inf])
+def test_a_value_that_is_no_number_is_seen(ops: CPUOperators, kv_dtype: torch.dtype, damage: float) -> None:
+    spec = KVSpec(1, 1, 16, kv_dtype)
+    cache = ops.allocate_kv(spec, 3, torch.device("cpu"))
+    batch = make_batch([[2, 1]], [40], [40], 32)
+    qkv = torch.randn(40, 48, generator=torch.Generator().manual_seed(0))
+    qkv[20, 35] = damage
+    still = torch.cat((torch.ones(40, 8), torch.zeros(40, 8)), 1)
+    q = ops.rotary_and_store(qkv, still, batch, cache, 0, 1, None, None, 1e-5)
+    out = ops.attention(q, cache, 0, batch, 0.25, 0, 0.0)
+    assert not out[20:, 3].isfinite().any()
 
 
 def test_one_long_sequence_is_split_over_threads(ops: CPUOperators) -> None:
@@ -193,15 +225,24 @@ def test_one_long_sequence_is_split_over_threads(ops: CPUOperators) -> None:
         assert torch.equal(beside.check(ops)[:queries], result)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_shared_blocks_change_no_bit(ops: CPUOperators, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_shared_blocks_change_no_bit(ops: CPUOperators, kv_dtype: torch.dtype) -> None:
     """A tree: 8 sequences share 512 tokens, 4 of them 768, 2 chunks of prefill among them."""
     contexts = [900, 640, 523, 800, 1000, 900, 777, 513, 300, 100]
     parents = [0, 0, 0, 0, 0, 0, 0, 0, 8, 9]
     shared = [0, 512, 512, 768, 768, 768, 512, 512, 0, 0]
     queries = [1, 1, 3, 12, 1, 1, 9, 1, 1, 100]
     step = Step(
-        ops, contexts, queries, heads=6, kv_heads=2, size=64, dtype=dtype, parents=parents, shared=shared
+        ops,
+        contexts,
+        queries,
+        heads=6,
+        kv_heads=2,
+        size=64,
+        dtype=torch.float32 if kv_dtype == torch.float32 else torch.bfloat16,
+        kv_dtype=kv_dtype,
+        parents=parents,
+        shared=shared,
     )
     batch = step.batches["cpu"]
     for window in (0, 300, 600):
@@ -247,6 +288,7 @@ def test_random_mixed_steps(data: st.DataObject) -> None:
         kv_heads=2,
         size=data.draw(st.sampled_from([16, 64, 80])),
         dtype=data.draw(st.sampled_from(DTYPES)),
+        kv_dtype=data.draw(st.sampled_from([None, torch.int8])),
         parents=parents,
         shared=shared,
         seed=data.draw(st.integers(0, 1000)),
@@ -287,8 +329,8 @@ def test_norms(ops: CPUOperators, dtype: torch.dtype, size: int, rows: int) -> N
     weight = torch.rand(size, generator=rng)
     got, expected = ops.rms_norm(x, weight, 1e-5), REFERENCE.rms_norm(x, weight, 1e-5)
     torch.testing.assert_close(got, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-    normed, total = ops.add_rms_norm(x, residual, weight, 1e-5)
     expected, expected_total = REFERENCE.add_rms_norm(x, residual, weight, 1e-5)
+    normed, total = ops.add_rms_norm(x, residual, weight, 1e-5)
     assert torch.equal(total, expected_total)
     torch.testing.assert_close(normed, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
@@ -462,7 +504,7 @@ def test_other_quantizations_are_refused_by_name(ops: CPUOperators) -> None:
 
 
 def test_block_bytes_are_what_is_allocated(ops: CPUOperators) -> None:
-    for size, dtype in ((64, torch.bfloat16), (8, torch.float32), (80, torch.float16)):
+    for size, dtype in ((64, torch.bfloat16), (8, torch.float32), (80, torch.float16), (72, torch.int8)):
         spec = KVSpec(3, 2, size, dtype)
         cache = ops.allocate_kv(spec, 5, torch.device("cpu"))
         assert cache.data.numel() * cache.data.element_size() == 5 * ops.block_bytes(spec)

@@ -98,7 +98,7 @@ def test_dummy_weights_need_no_weight_files(folder: Path) -> None:
         ({"device": "cuda:99"}, "device is 'cuda:99', but"),
         ({"operators": "triton"}, "operators is 'triton', but cpu runs"),
         ({"quantize": "int4"}, "quantize is 'int4': The reference operators can't quantize"),
-        ({"kv_dtype": "int8"}, "kv_dtype is 'int8': The reference operators keep no KV cache"),
+        ({"kv_dtype": "fp8"}, "kv_dtype is 'fp8': The reference operators keep no KV cache"),
         ({"max_context": 65}, "max_context is 65, but the model takes between 1 and 64"),
         ({"model": "/nowhere"}, "There is no model at /nowhere"),
     ],

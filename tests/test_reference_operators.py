@@ -236,14 +236,32 @@ def test_sampling_adds_noise_to_scaled_logits_only_where_there_is_temperature() 
 
 
 def test_blocks_take_the_bytes_that_are_allocated() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
         spec = KVSpec(3, 2, 8, dtype)
         kv = OPS.allocate_kv(spec, 5, CPU)
-        assert kv.keys.nbytes + kv.values.nbytes == 5 * OPS.block_bytes(spec)
-    with pytest.raises(ValueError, match=r"no KV cache of torch\.int8"):
-        OPS.allocate_kv(KVSpec(3, 2, 8, torch.int8), 5, CPU)
+        pages = (kv.keys, kv.values, kv.key_scales, kv.value_scales)
+        assert sum(page.nbytes for page in pages if page is not None) == 5 * OPS.block_bytes(spec)
+    with pytest.raises(ValueError, match=r"no KV cache of torch\.float8_e4m3fn"):
+        OPS.allocate_kv(KVSpec(3, 2, 8, torch.float8_e4m3fn), 5, CPU)
     with pytest.raises(ValueError, match="can't quantize weights to int4"):
         OPS.pack_linear(torch.zeros(2, 2), None, "int4")
+
+
+def test_an_int8_cache_rounds_each_head_of_a_token_by_its_largest_magnitude() -> None:
+    kv = OPS.allocate_kv(KVSpec(1, 2, 4, torch.int8), 3, CPU)
+    batch = make_batch([(0, 1)], kv.block_size, kv.num_blocks)
+    qkv = torch.tensor(
+        [[0.0] * 4 + [1.0, -2.0, 0.5, 0.009] + [0.0] * 4 + [4.0, 3.0, -1.0, 127.0] + [0.1] * 4]
+    )
+    still = torch.cat((torch.ones(1, 2), torch.zeros(1, 2)), 1)
+    OPS.rotary_and_store(qkv, still, batch, kv, 0, 1, None, None, 1e-5)
+    slot = batch.slots[0]
+    keys, values = (pages[0].flatten(0, 1)[slot] for pages in (kv.keys, kv.values))
+    assert keys.tolist() == [[64, -127, 32, 1], [0, 0, 0, 0]]
+    assert values.tolist() == [[4, 3, -1, 127], [127] * 4]
+    assert kv.key_scales is not None and kv.value_scales is not None
+    torch.testing.assert_close(kv.key_scales[0].flatten(0, 1)[slot, :, 0], torch.tensor([2 / 127, 0.0]))
+    torch.testing.assert_close(kv.value_scales[0].flatten(0, 1)[slot, :, 0], torch.tensor([1.0, 0.1 / 127]))
 
 
 def test_dispatch_falls_back_once_with_the_reason(

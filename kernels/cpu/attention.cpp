@@ -49,6 +49,10 @@ struct Scratch {
 
 constexpr float LOG2_E = 1.44269504088896341f;
 
+// What the largest number of a row is rounded to beside int8: sums over 1,024 dimensions or a split stay within 32 bits.
+constexpr float QUERY_MOST = 16383, WEIGHT_MOST = 32767;
+static_assert(int64_t(QUERY_MOST) * 127 * 1024 < INT32_MAX && int64_t(WEIGHT_MOST) * 127 * SPLIT < INT32_MAX);
+
 // Fold the results of one split into the states of up to LANES rows. A split in which a row sees nothing changes
 // nothing; one that comes first is taken over as it is.
 inline void fold(int count, const State& state, const float* largest, const float* sums, const float* values, int size) {
@@ -76,6 +80,8 @@ struct Attention {
     Schedule& schedule;
     const int group, size, wide, key_steps, value_steps;
     static constexpr bool PAIRS = P::ELEMENTS == 2 && P::PER_STEP == 1;  // rows hold bf16 pairs
+    static constexpr bool WHOLE = P::ELEMENTS == 4;                      // rows hold int16, the cache int8
+    static constexpr int AHEAD = WHOLE ? 4 : 2;  // tiles that are fetched before one is read
     static constexpr int ELEMENT = int(sizeof(typename P::Element));
 
     explicit Attention(const Call& c)
@@ -94,15 +100,55 @@ struct Attention {
             for (int g = 0; g < group; g++, rows += wide) {
                 const T* in = static_cast<const T*>(call.q) +
                               (int64_t(schedule.tokens[t]) * call.num_heads + head * group + g) * size;
+                Floats inverse = splat(0);
+                if constexpr (WHOLE) {
+                    Floats most = splat(0);
+                    for (int i = 0; i < size; i += LANES) most = maximum(most, absolute(load_up_to(in + i, size - i)));
+                    float top = largest(most);
+                    rows[wide / 2] = top / QUERY_MOST;  // behind the row's numbers
+                    inverse = splat(top > 0 ? QUERY_MOST / top : 0);
+                }
                 for (int i = 0; i < wide; i += LANES) {
                     int n = size - i;
                     Floats x = n <= 0 ? splat(0) : load_up_to(in + i, n);
-                    if constexpr (PAIRS)
+                    if constexpr (WHOLE)
+                        store_words(reinterpret_cast<int16_t*>(rows) + i, to_ints(x * inverse));
+                    else if constexpr (PAIRS)
                         store(reinterpret_cast<BF16*>(rows) + i, x);
                     else
                         store(rows + i, x);
                 }
             }
+    }
+
+    const float* scales(const char* tile) const { return reinterpret_cast<const float*>(tile + scales_at(size)); }
+
+    // Scores of int8 keys from their sums, in place; tiles are the keys of blocks [first, last).
+    void scale_scores(float* scores, const char* const* tiles, int first, int last, float row_scale) const {
+        for (int b = first; b < last; b++)
+            for (int i = 0; i < BLOCK; i += LANES) {
+                float* at = scores + b * BLOCK + i;
+                store(at, to_floats(load_ints(at)) * (load(scales(tiles[b - first]) + i) * splat(row_scale)));
+            }
+    }
+
+    // A row's weights of int8 values as int16: each times its value's scale, the largest as WEIGHT_MOST. Returns what
+    // one of it stands for: not a number where a value's scale is none. tiles are the values of blocks [first, last); weights come in fp32 and go to `out`.
+    float whole_weights(float* weights, float* out, const char* const* tiles, int first, int last) const {
+        Floats most = splat(0), poison = splat(0);
+        for (int b = first; b < last; b++)
+            for (int i = 0; i < BLOCK; i += LANES) {
+                float* at = weights + b * BLOCK + i;
+                Floats w = load(at) * load(scales(tiles[b - first]) + i);
+                store(at, w);
+                most = maximum(most, w);
+                poison = fma(w, splat(0), poison);
+            }
+        float top = largest(most);
+        Floats inverse = splat(top > 0 ? WEIGHT_MOST / top : 0);
+        for (int i = first * BLOCK; i < last * BLOCK; i += LANES)
+            store_words(reinterpret_cast<int16_t*>(out) + i, to_ints(load(weights + i) * inverse));
+        return top / WEIGHT_MOST + sum(poison);
     }
 
     // Exponentials of a row's scores in blocks [first, last) of a split, where it sees tokens [low, high): returns the
@@ -141,43 +187,76 @@ struct Attention {
         return largest_score;
     }
 
-    // Rows [begin, begin + count) of a tile over one split: their largest scores, sums and values, to part.
+    // The blocks [first, last) of a split that queries at positions bottom to top see something of.
+    struct Blocks {
+        int first, last;
+    };
+    Blocks seen(int split, int bottom, int top) const {
+        int before = split * SPLIT;
+        int last = top < before ? 0 : std::min(SPLIT_BLOCKS, (top - before) / BLOCK + 1);
+        return {call.window > 0 ? std::max(0, (bottom - call.window + 1 - before) / BLOCK) : 0, last};
+    }
+
+    // Up to `room` of a split's tiles in the order in which they are read, keys, then values; returns how many.
+    int read_order(const Tile& tile, int head, int split, Blocks blocks, const char** out, int room) const {
+        const int32_t* table = schedule.tables.data() + tile.sequence * schedule.max_blocks + split * SPLIT_BLOCKS;
+        int count = 0;
+        for (int b = blocks.first; b < blocks.last && count < room; b++)
+            out[count++] = key_tile(kv, call.layer, table[b], head);
+        for (int b = blocks.first; b < blocks.last && count < room; b++)
+            out[count++] = value_tile(kv, call.layer, table[b], head);
+        return count;
+    }
+
+    // What is read after split s of a head: the rest of its splits, the next head, the next tile.
+    void following(const Tile* tile, const Tile* end, int head, int s, const char** out) const {
+        int count = 0;
+        for (s++; count < AHEAD; s = first_split(*tile)) {
+            for (; s < last_split(*tile) && count < AHEAD; s++)
+                count += read_order(*tile, head, s, seen(s, tile->lowest, tile->highest), out + count, AHEAD - count);
+            if (++head == kv.num_kv_heads) {
+                head = 0;
+                if (++tile == end) break;
+            }
+        }
+        for (; count < AHEAD; count++) out[count] = count > 0 ? out[count - 1] : key_tile(kv, call.layer, 0, 0);
+    }
+
+    // Rows [begin, begin + count) of a tile over one split: their largest scores, sums and values, to part. Meanwhile
+    // the tiles `after` are fetched.
     void split_rows(const Tile& tile, int head, int split, const float* rows, int begin, int count,
-                    const char* after, const State& part) const {
+                    const char* const* after, const State& part) const {
         alignas(64) float scores[ROWS * SPLIT], weights[ROWS * SPLIT];
-        const char* tiles[2 * SPLIT_BLOCKS + 1];  // in the order in which they are read, and the one after them
+        const char* tiles[2 * SPLIT_BLOCKS + AHEAD];
         int first_token = split * SPLIT;
-        int top = 0, bottom = INT32_MAX;
-        for (int r = begin; r < begin + count; r++) {
-            int position = schedule.positions[tile.token_begin + r / group];
+        int top = schedule.positions[tile.token_begin + begin / group], bottom = top;
+        for (int t = begin / group + 1; t <= (begin + count - 1) / group; t++) {
+            int position = schedule.positions[tile.token_begin + t];
             top = std::max(top, position);
             bottom = std::min(bottom, position);
         }
-        int blocks = std::min(SPLIT_BLOCKS, (top - first_token) / BLOCK + 1);
-        int skipped = 0;  // blocks that lie before every row's window
-        if (call.window > 0) skipped = std::max(0, (bottom - call.window + 1 - first_token) / BLOCK);
+        auto [first, last] = seen(split, bottom, top);
         std::fill(part.largest, part.largest + count, -INFINITY);
-        if (top < first_token || skipped >= blocks) return;
-        int used = blocks - skipped;
-        const int32_t* table = schedule.tables.data() + tile.sequence * schedule.max_blocks + split * SPLIT_BLOCKS;
-        for (int b = skipped; b < blocks; b++) {
-            tiles[b - skipped] = key_tile(kv, call.layer, table[b], head);
-            tiles[b - skipped + used] = tiles[b - skipped] + tile_bytes(kv);
-        }
-        tiles[2 * used] = after;
-        for (int i = 0; i < used; i++)
-            multiply_all<P>(count, BLOCK / LANES, rows + begin * wide, wide, tiles + i, 1, tiles + i + 1, key_steps,
-                            BLOCK * ELEMENT * P::ELEMENTS, scores + (skipped + i) * BLOCK, SPLIT);
+        if (first >= last) return;
+        int used = last - first;
+        std::copy(after, after + AHEAD, tiles + read_order(tile, head, split, {first, last}, tiles, 2 * used));
+        multiply_keys<P>(count, rows + begin * wide, wide, tiles, used, tiles + AHEAD, key_steps, scores + first * BLOCK,
+                         SPLIT);
+        float units[ROWS];
         for (int r = 0; r < count; r++) {
             int position = schedule.positions[tile.token_begin + (begin + r) / group];
             int high = position + 1 - first_token;
             int low = call.window > 0 ? position - call.window + 1 - first_token : 0;
-            part.largest[r] = softmax(scores + r * SPLIT, weights + r * SPLIT, skipped, blocks, low, high, part.sum + r);
+            float *of = scores + r * SPLIT, *to = weights + r * SPLIT;
+            if constexpr (WHOLE) scale_scores(of, tiles, first, last, rows[(begin + r) * wide + wide / 2]);
+            part.largest[r] = softmax(of, WHOLE ? of : to, first, last, low, high, part.sum + r);
+            if constexpr (WHOLE) units[r] = whole_weights(of, to, tiles + used, first, last);
         }
-        int value_row = wide * ELEMENT * P::ELEMENTS;
-        int skip = skipped * BLOCK / (PAIRS ? 2 : 1);
-        multiply_all<P>(count, wide / LANES, weights + skip, SPLIT, tiles + used, used, tiles + used + 1, value_steps,
-                        value_row, part.values, wide);
+        int skip = first * BLOCK / (PAIRS || WHOLE ? 2 : 1);
+        multiply_values<P>(count, wide / LANES, weights + skip, SPLIT, tiles + used, used, tiles + used + AHEAD,
+                           value_steps, part.values, wide);
+        for (int i = 0; WHOLE && i < count * wide; i += LANES)
+            store(part.values + i, to_floats(load_ints(part.values + i)) * splat(units[i / wide]));
     }
 
     int first_split(const Tile& tile) const {
@@ -206,7 +285,8 @@ struct Attention {
             }
     }
 
-    void run_tile(const Tile& tile, int head, Scratch& scratch) const {
+    // `end`: the end of the tiles that this thread goes on with.
+    void run_tile(const Tile& tile, const Tile* end, int head, Scratch& scratch) const {
         int rows = (tile.token_end - tile.token_begin) * group;
         float* queries = scratch.take(size_t(rows + ROWS) * (wide + 2) + size_t(rows) * wide);
         State state{queries + rows * wide, queries + rows * wide + rows, queries + rows * (wide + 2)};
@@ -219,11 +299,12 @@ struct Attention {
             state.sum[r] = from[1];
             memcpy(state.values + r * wide, from + 2, wide * sizeof(float));
         }
-        int last = last_split(tile);
-        for (int s = first_split(tile); s < last; s++) {
+        const char* after[AHEAD];
+        for (int s = first_split(tile); s < last_split(tile); s++) {
+            following(&tile, end, head, s, after);
             for (int begin = 0; begin < rows; begin += ROWS) {
                 int count = std::min(ROWS, rows - begin);
-                split_rows(tile, head, s, queries, begin, count, following(tile, head, s, last), part);
+                split_rows(tile, head, s, queries, begin, count, after, part);
                 fold(count, state.from(begin, wide), part.largest, part.sum, part.values, wide);
             }
         }
@@ -234,14 +315,6 @@ struct Attention {
             to[1] = state.sum[r];
             memcpy(to + 2, state.values + r * wide, wide * sizeof(float));
         }
-    }
-
-    // The tile of the cache that is read after split s of a head: the next split's, or the next head's first.
-    const char* following(const Tile& tile, int head, int s, int last) const {
-        const int32_t* table = schedule.tables.data() + tile.sequence * schedule.max_blocks;
-        if (s + 1 < last) return key_tile(kv, call.layer, table[(s + 1) * SPLIT_BLOCKS], head);
-        int next = head + 1 < kv.num_kv_heads ? head + 1 : head;
-        return key_tile(kv, call.layer, table[first_split(tile) * SPLIT_BLOCKS], next);
     }
 
     // With fewer tiles than would keep the threads busy each split is an item of its own, folded afterwards.
@@ -270,7 +343,8 @@ struct Attention {
             float* queries = scratch().take(size_t(rows) * wide);
             float* partial = schedule.partials.data() + item.partial;
             gather(*item.tile, item.head, queries);
-            const char* after = following(*item.tile, item.head, item.split, item.split);
+            const char* after[AHEAD];
+            following(item.tile, item.tile + 1, item.head, item.split, after);
             State part{partial, partial + rows, partial + 2 * rows};
             for (int begin = 0; begin < rows; begin += ROWS)
                 split_rows(*item.tile, item.head, item.split, queries, begin, std::min(ROWS, rows - begin), after,
@@ -307,10 +381,14 @@ struct Attention {
                 run_by_splits(tiles);
                 continue;
             }
-            // Heads of a block are neighbours: a thread reads them in turn where there are tiles enough.
-            int64_t grain = int64_t(tiles.size()) >= 4 * call.threads ? heads : 1;
-            parallel_for(call.threads, items, grain,
-                         [&](int64_t i) { run_tile(tiles[i / heads], int(i % heads), scratch()); });
+            // Heads of a block are neighbours: a thread reads them in turn where there are tiles enough, and knows what
+            // it reads next where there are more.
+            int64_t count = int64_t(tiles.size()), together = std::max<int64_t>(1, count / (16 * call.threads));
+            int64_t grain = count >= 4 * call.threads ? together * heads : 1;
+            parallel_for(call.threads, items, grain, [&](int64_t i) {
+                int64_t t = i / heads, end = grain == 1 ? t + 1 : std::min(count, (t / together + 1) * together);
+                run_tile(tiles[t], tiles.data() + end, int(i % heads), scratch());
+            });
         }
     }
 };
@@ -319,6 +397,7 @@ struct Attention {
 
 // q and out [tokens, num_heads, head_size].
 EXPORTED void batchinfer_attention(const Call* call) {
+    if (call->kv->type == TYPE_INT8) return Attention<WordsTimesFours>(*call).run();
     if (call->kv->type == TYPE_FP32) return Attention<FloatsTimes<float>>(*call).run();
     if (call->kv->type == TYPE_FP16) return Attention<FloatsTimes<FP16>>(*call).run();
 #if defined(__AVX512BF16__)

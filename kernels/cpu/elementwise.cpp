@@ -1,4 +1,8 @@
 // Norms, gated activation, and rotary embedding with the store into the KV cache: one pass over memory each.
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
 #include "activation.h"
 #include "cache.h"
 #include "parallel.h"
@@ -9,42 +13,52 @@ namespace {
 // Rows a thread takes at a time, so that handing them out costs little beside the work.
 int64_t grain_of(int64_t row_elements) { return 1 + 4096 / (row_elements + 1); }
 
-template <class T>
-void norm_row(const T* x, const float* weight, T* out, int64_t size, float eps) {
-    Floats squares[4] = {splat(0), splat(0), splat(0), splat(0)};
+// Sums of squares of a row, four vectors side by side.
+struct Squares {
+    Floats sums[4] = {splat(0), splat(0), splat(0), splat(0)};
+
+    void add(int i, Floats v) { sums[i] = fma(v, v, sums[i]); }
+    float total() const { return sum((sums[0] + sums[1]) + (sums[2] + sums[3])); }
+};
+
+// Calls work(i, n, j) for each vector of a row: its first element, how many are left from there on, which sum it adds to.
+template <class Work>
+inline void each_vector(int64_t size, const Work& work) {
     int64_t i = 0;
     for (; i + 4 * LANES <= size; i += 4 * LANES)
-        for (int j = 0; j < 4; j++) {
-            Floats v = load(x + i + j * LANES);
-            squares[j] = fma(v, v, squares[j]);
-        }
-    for (; i < size; i += LANES) {
-        Floats v = load_up_to(x + i, int(size - i));
-        squares[0] = fma(v, v, squares[0]);
-    }
-    float mean = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / float(size);
-    Floats factor = splat(1.0f) / square_root(splat(mean + eps));
-    for (i = 0; i < size; i += LANES) {
-        int n = int(size - i);
-        store_up_to(out + i, load_up_to(x + i, n) * factor * load_up_to(weight + i, n), n);
-    }
+        for (int j = 0; j < 4; j++) work(i + j * LANES, LANES, j);
+    for (; i + LANES <= size; i += LANES) work(i, LANES, 0);
+    if (i < size) work(i, int(size - i), 0);
 }
 
 template <class T>
-void rms_norm(const T* x, const T* residual, const float* weight, T* out, T* total, int64_t rows, int64_t size, float eps,
-              int threads) {
+inline void scale_row(const T* x, float squares, const float* weight, T* out, int64_t size, float eps) {
+    Floats factor = splat(1.0f) / square_root(splat(squares / float(size) + eps));
+    each_vector(size, [&](int64_t i, int n, int) {
+        store_up_to(out + i, load_up_to(x + i, n) * factor * load_up_to(weight + i, n), n);
+    });
+}
+
+template <class T>
+void norm_row(const T* x, const float* weight, T* out, int64_t size, float eps) {
+    Squares squares;
+    each_vector(size, [&](int64_t i, int n, int j) { squares.add(j, load_up_to(x + i, n)); });
+    scale_row(x, squares.total(), weight, out, size, eps);
+}
+
+template <class T>
+void rms_norm(const T* x, T* residual, const float* weight, T* out, int64_t rows, int64_t size, float eps, int threads) {
     parallel_for(threads, rows, grain_of(size), [=](int64_t row) {
         const T* in = x + row * size;
-        if (residual) {
-            T* to = total + row * size;
-            const T* other = residual + row * size;
-            for (int64_t i = 0; i < size; i += LANES) {
-                int n = int(size - i);
-                store_up_to(to + i, load_up_to(in + i, n) + load_up_to(other + i, n), n);
-            }
-            in = to;
-        }
-        norm_row(in, weight, out + row * size, size, eps);
+        if (!residual) return norm_row(in, weight, out + row * size, size, eps);
+        T* total = residual + row * size;
+        Squares squares;
+        each_vector(size, [&](int64_t i, int n, int j) {
+            Floats v = rounded<T>(load_up_to(in + i, n) + load_up_to(total + i, n));
+            store_up_to(total + i, v, n);
+            squares.add(j, v);
+        });
+        scale_row(total, squares.total(), weight, out + row * size, size, eps);
     });
 }
 
@@ -87,52 +101,120 @@ void turn_head(const T* in, const float* weight, const float* cos, int64_t half,
         for (int i = int(2 * half); i < size; i++) out[i] = in[i];
 }
 
-template <class T, class C>
-void put(const T* key, const T* value, const Cache& kv, int layer, int64_t slot, int head) {
-    constexpr int MOST = 1024;
-    C k[MOST], v[MOST];
-    for (int i = 0; i < kv.head_size; i += LANES) {
-        int n = kv.head_size - i;
-        store_up_to(k + i, load_up_to(key + i, n), n);
-        store_up_to(v + i, load_up_to(value + i, n), n);
+constexpr int MOST_SIZE = 1024;  // of a head
+
+// A head as the cache's elements, zeros up to a multiple of 16; for int8 also its scale: the largest
+// magnitude is 127. What is not a number makes the scale none.
+template <class C>
+struct Stored {
+    alignas(64) C elements[MOST_SIZE];
+    float scale = 0;
+
+    template <class T>
+    static Floats some(const T* x, int i, int size) {
+        return i < size ? load_up_to(x + i, size - i) : splat(0);
     }
-    int64_t block = slot / BLOCK;
-    int offset = int(slot % BLOCK);
-    put_key(key_tile(kv, layer, block, head), offset, k, kv.head_size);
-    put_value(value_tile(kv, layer, block, head), offset, padded(kv.head_size), v, kv.head_size);
+    template <class T>
+    void round(const T* x, int size) {
+        if constexpr (std::is_same_v<C, int8_t>) {
+            Floats most = splat(0), poison = splat(0);
+            for (int i = 0; i < size; i += LANES) {
+                Floats v = some(x, i, size);
+                most = maximum(most, absolute(v));
+                poison = maximum(poison, is_nan(v));
+            }
+            float top = largest(most);
+            scale = largest(poison) > 0 ? NAN : top / 127.0f;
+            Floats inverse = splat(top > 0 ? 127.0f / top : 0.0f);
+            for (int i = 0; i < padded(size); i += LANES) store_bytes(elements + i, to_ints(some(x, i, size) * inverse));
+        } else {
+            for (int i = 0; i < padded(size); i += LANES) store(elements + i, some(x, i, size));
+        }
+    }
+};
+
+template <class C, class T>
+void put(const T* x, bool is_key, char* tile, int offset, int size) {
+    Stored<C> stored;
+    const C* elements = stored.elements;
+    if constexpr (std::is_same_v<C, T> && !std::is_same_v<C, BF16>) {
+        elements = x;
+    } else {
+        stored.round(x, size);
+    }
+    if (is_key)
+        put_key(tile, offset, elements, size);
+    else
+        put_value(tile, offset, padded(size), elements, size);
+    if constexpr (std::is_same_v<C, int8_t>) memcpy(tile + scales_at(size) + offset * 4, &stored.scale, 4);
 }
+
+template <class T, class C>
+struct RotaryStore {
+    const T* qkv;
+    T* q;
+    const Rotary& r;
+    const Cache& kv;
+    const int size = kv.head_size, heads = r.num_heads, kv_heads = kv.num_kv_heads;
+
+    // A key's elements lie in as many lines as it has lanes: fetch those of a token that comes next.
+    void fetch(int64_t slot) const {
+        constexpr int LANE = std::is_same_v<C, FP16> ? 2 : 4;
+        for (int h = 0; h < kv_heads; h++) {
+            const char* keys = key_tile(kv, r.layer, slot / BLOCK, h) + slot % BLOCK * LANE;
+            for (int64_t at = 0; at < scales_at(size) * int64_t(sizeof(C)); at += BLOCK * LANE)
+                _mm_prefetch(keys + at, _MM_HINT_T0);
+            int64_t row = int64_t(padded(size)) * 4;
+            const char* values = value_tile(kv, r.layer, slot / BLOCK, h) + slot % BLOCK * int64_t(sizeof(C)) / 4 * row;
+            for (int64_t at = 0; at < row; at += 64) _mm_prefetch(values + at, _MM_HINT_T0);
+        }
+    }
+
+    void token(int64_t t) const {
+        const T* in = qkv + t * (heads + 2 * kv_heads) * size;
+        const float* cos = r.cos_sin + r.positions[t] * r.rotated;
+        if (t + 1 < r.tokens && r.slots[t + 1] / BLOCK != r.slots[t] / BLOCK) fetch(r.slots[t + 1]);
+        for (int h = 0; h < heads; h++)
+            turn_head(in + h * size, r.q_norm, cos, r.rotated / 2, r.eps, q + (t * heads + h) * size, size);
+        int64_t block = r.slots[t] / BLOCK;
+        int offset = int(r.slots[t] % BLOCK);
+        for (int h = 0; h < kv_heads; h++) {
+            T key[MOST_SIZE];
+            turn_head(in + (heads + h) * size, r.k_norm, cos, r.rotated / 2, r.eps, key, size);
+            put<C>(key, true, key_tile(kv, r.layer, block, h), offset, size);
+            put<C>(in + (heads + kv_heads + h) * size, false, value_tile(kv, r.layer, block, h), offset, size);
+        }
+    }
+
+    // The tokens of a block share lanes and lines of its tiles, so one thread stores them all.
+    int64_t border(int64_t t) const {
+        while (t > 0 && t < r.tokens && r.slots[t] / BLOCK == r.slots[t - 1] / BLOCK) t++;
+        return t;
+    }
+
+    void run(int threads) const {
+        int64_t part = std::max<int64_t>(1, std::min<int64_t>(BLOCK, r.tokens / (8 * threads)));
+        parallel_for(threads, (r.tokens + part - 1) / part, 1, [&](int64_t i) {
+            int64_t end = border(std::min(r.tokens, (i + 1) * part));
+            for (int64_t t = border(i * part); t < end; t++) token(t);
+        });
+    }
+};
 
 template <class T>
 void rotary_and_store(const T* qkv, T* q, const Rotary& r, const Cache& kv, int threads) {
-    int size = kv.head_size, heads = r.num_heads, kv_heads = kv.num_kv_heads;
-    int64_t width = int64_t(heads + 2 * kv_heads) * size;
-    parallel_for(threads, r.tokens, grain_of(width), [&, size, heads, kv_heads, width](int64_t token) {
-        const T* in = qkv + token * width;
-        const float* cos = r.cos_sin + r.positions[token] * r.rotated;
-        for (int h = 0; h < heads; h++)
-            turn_head(in + h * size, r.q_norm, cos, r.rotated / 2, r.eps, q + (token * heads + h) * size, size);
-        for (int h = 0; h < kv_heads; h++) {
-            T key[1024];
-            turn_head(in + (heads + h) * size, r.k_norm, cos, r.rotated / 2, r.eps, key, size);
-            const T* value = in + (heads + kv_heads + h) * size;
-            if (kv.type == TYPE_BF16)
-                put<T, BF16>(key, value, kv, r.layer, r.slots[token], h);
-            else if (kv.type == TYPE_FP16)
-                put<T, FP16>(key, value, kv, r.layer, r.slots[token], h);
-            else
-                put<T, float>(key, value, kv, r.layer, r.slots[token], h);
-        }
-    });
+    if (kv.type == TYPE_INT8) return RotaryStore<T, int8_t>{qkv, q, r, kv}.run(threads);
+    with_type(kv.type, [&](auto tag) { RotaryStore<T, decltype(tag)>{qkv, q, r, kv}.run(threads); });
 }
 
 }  // namespace
 
-// x [rows, size]; residual null or [rows, size], then total = x + residual is written and normed. weight fp32 [size].
-EXPORTED void batchinfer_rms_norm(int type, const void* x, const void* residual, const float* weight, void* out, void* total,
-                         int64_t rows, int64_t size, float eps, int threads) {
+// x [rows, size]; residual null or [rows, size]: then x is added to it and the sum normed. out may be x. weight fp32 [size].
+EXPORTED void batchinfer_rms_norm(int type, const void* x, void* residual, const float* weight, void* out, int64_t rows,
+                                  int64_t size, float eps, int threads) {
     with_type(type, [=](auto tag) {
         using T = decltype(tag);
-        rms_norm((const T*)x, (const T*)residual, weight, (T*)out, (T*)total, rows, size, eps, threads);
+        rms_norm((const T*)x, (T*)residual, weight, (T*)out, rows, size, eps, threads);
     });
 }
 

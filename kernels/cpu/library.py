@@ -10,7 +10,7 @@ import torch
 from batchinfer.kernels.cpu.build import Level, build
 
 # The element types' codes in vector.h.
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 
 
 class Cache(ctypes.Structure):
@@ -108,7 +108,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "split_reads": (_Long, (_Address,)),
     "attention": (None, (ctypes.POINTER(Attention),)),
     "rotary_and_store": (None, (_Int, _Address, _Address, ctypes.POINTER(Rotary), _CacheAt, _Int)),
-    "rms_norm": (None, (_Int, *[_Address] * 5, _Long, _Long, _Float, _Int)),
+    "rms_norm": (None, (_Int, *[_Address] * 4, _Long, _Long, _Float, _Int)),
     "gated_activation": (None, (_Int, _Address, _Address, _Long, _Long, _Int, _Int)),
     "multiplies": (_Int, ()),
     "linear": (None, (ctypes.POINTER(Product),)),

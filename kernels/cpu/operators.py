@@ -79,9 +79,12 @@ class CPUOperators:
         return _BLOCK
 
     def block_bytes(self, spec: KVSpec) -> int:
-        """Bytes of one block over all layers; head sizes are padded to a multiple of 16."""
-        padded = -(-spec.head_size // 16) * 16
-        return 2 * spec.num_layers * spec.num_kv_heads * padded * spec.dtype.itemsize * _BLOCK
+        """Bytes of one block over all layers; head sizes are padded to a multiple of 16.
+
+        In int8 each token's key and value of a head have a scale of 4 bytes beside.
+        """
+        token = -(-spec.head_size // 16) * 16 * spec.dtype.itemsize + (4 if spec.dtype == torch.int8 else 0)
+        return 2 * spec.num_layers * spec.num_kv_heads * token * _BLOCK
 
     def allocate_kv(self, spec: KVSpec, num_blocks: int, device: torch.device) -> CPUKVCache:
         """Zeroed blocks, which take memory as they are first written to: pages of a new mapping.
@@ -152,7 +155,6 @@ class CPUOperators:
             None,
             weight.data_ptr(),
             out.data_ptr(),
-            None,
             x.numel() // size,
             size,
             eps,
@@ -163,23 +165,21 @@ class CPUOperators:
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(normed, sum)."""
+        """(normed, sum), written over the arguments."""
         x, residual = x.contiguous(), residual.contiguous()
-        out, total = torch.empty_like(x), torch.empty_like(x)
         size = x.shape[-1]
         self._library.rms_norm(
             TYPES[x.dtype],
             x.data_ptr(),
             residual.data_ptr(),
             weight.data_ptr(),
-            out.data_ptr(),
-            total.data_ptr(),
+            x.data_ptr(),
             x.numel() // size,
             size,
             eps,
             torch.get_num_threads(),
         )
-        return out, total
+        return x, residual
 
     def rotary_and_store(
         self,

@@ -49,6 +49,24 @@ inline Ints shift_right(Ints x) {
 }
 inline Ints iota() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 inline Ints load_ints(const void* p) { return _mm512_loadu_si512(p); }
+inline void store_ints(void* p, Ints x) { _mm512_storeu_si512(p, x); }
+// Unsigned words and bytes, a lane each.
+inline Ints load_words(const void* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
+inline Ints load_bytes(const void* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+// The lanes as int16 and int8; x within their range.
+inline void store_words(int16_t* p, Ints x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(x)); }
+inline void store_bytes(int8_t* p, Ints x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x)); }
+// The even and the odd bytes of the lanes, sign-extended to 16 bits.
+inline Ints even_bytes(Ints x) { return _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8); }
+inline Ints odd_bytes(Ints x) { return _mm512_srai_epi16(x, 8); }
+// sum + the products of the lanes' two pairs of int16.
+inline Ints add_products(Ints sum, Ints a, Ints b) {
+#if defined(__AVX512VNNI__)
+    return _mm512_dpwssd_epi32(sum, a, b);
+#else
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+#endif
+}
 // Lane by lane: low <= index < high ? x : other.
 inline Floats within(Floats x, Floats other, Ints index, int32_t low, int32_t high) {
     __mmask16 m = _mm512_cmpge_epi32_mask(index, splat_int(low)) & _mm512_cmplt_epi32_mask(index, splat_int(high));
@@ -116,6 +134,24 @@ inline Ints shift_right(Ints x) {
 }
 inline Ints iota() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
 inline Ints load_ints(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+inline void store_ints(void* p, Ints x) { _mm256_storeu_si256((__m256i*)p, x); }
+// Unsigned words and bytes, a lane each.
+inline Ints load_words(const void* p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
+inline Ints load_bytes(const void* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+// The lanes as int16 and int8; x within their range.
+inline void store_words(int16_t* p, Ints x) {
+    Ints packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(x, x), 0xd8);
+    _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
+}
+inline void store_bytes(int8_t* p, Ints x) {
+    Ints words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x, x), 0xd8);
+    _mm_storel_epi64((__m128i*)p, _mm256_castsi256_si128(_mm256_packs_epi16(words, words)));
+}
+// The even and the odd bytes of the lanes, sign-extended to 16 bits.
+inline Ints even_bytes(Ints x) { return _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8); }
+inline Ints odd_bytes(Ints x) { return _mm256_srai_epi16(x, 8); }
+// sum + the products of the lanes' two pairs of int16.
+inline Ints add_products(Ints sum, Ints a, Ints b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
 // Lane by lane: low <= index < high ? x : other.
 inline Floats within(Floats x, Floats other, Ints index, int32_t low, int32_t high) {
     Ints m = _mm256_and_si256(_mm256_cmpgt_epi32(index, splat_int(low - 1)),
@@ -280,9 +316,9 @@ inline Floats logarithm(Floats x) {
     return fma(exponent, splat(0.693147180559945f), logarithm_near_one(f));
 }
 
-enum Type : int32_t { TYPE_FP32 = 0, TYPE_BF16 = 1, TYPE_FP16 = 2 };
+enum Type : int32_t { TYPE_FP32 = 0, TYPE_BF16 = 1, TYPE_FP16 = 2, TYPE_INT8 = 3 };
 
-// Calls work with a value of the element type that the code names.
+// Calls work with a value of the floating-point type that the code names.
 template <class Work>
 inline void with_type(int type, const Work& work) {
     if (type == TYPE_BF16)
