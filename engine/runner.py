@@ -185,8 +185,13 @@ class TorchRunner:
             hidden = last = self._graphs.forward(plan)
         else:
             inputs = self._rows.inputs(plan)
-            hidden = self._decoder.forward(inputs.tokens, inputs.attention, self._kv)
-            last = hidden[inputs.last]
+            if (self._prompt_logprobs[plan.rows] >= 0).any():
+                hidden = self._decoder.forward(inputs.tokens, inputs.attention, self._kv)
+                last = hidden[inputs.last]
+            else:
+                hidden = last = self._decoder.forward(
+                    inputs.tokens, inputs.attention, self._kv, inputs.last
+                )
         prompt_logprobs = self._score_prompts(plan, hidden)
         sampled = np.flatnonzero(plan.samples)
         tokens, finite, logprobs = self._sample(plan, sampled, last)

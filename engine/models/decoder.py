@@ -113,19 +113,36 @@ class Decoder:
             self._tables.append(tables[first])
         del self._source
 
-    def forward(self, tokens: torch.Tensor, batch: AttentionBatch, kv: KVCache) -> torch.Tensor:
-        """Hidden states of a step, after the last norm: ``tokens`` int [T] -> [T, H]."""
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        batch: AttentionBatch,
+        kv: KVCache,
+        last: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states of a step, after the last norm: ``tokens`` int [T] -> [T, H].
+
+        With ``last``, int64 [S]: where each sequence's last token is, those of these tokens alone, [S, H].
+        Of the others the last layer then stores keys and values and computes nothing more.
+        """
         config, ops = self.config, self._ops
+        if last is not None and len(last) == len(tokens):
+            last = None
         residual = self._embeddings[tokens]
         if config.embedding_scale is not None:
             residual = residual * torch.tensor(config.embedding_scale, dtype=self.dtype)
         normed = ops.rms_norm(residual, self._layers[0].input_norm, config.rms_eps)
         for i, (layer, weights) in enumerate(zip(config.layers, self._layers, strict=True)):
-            added = attention_block(ops, config, layer, weights, normed, self._tables[i], batch, kv, i)
+            end = i + 1 == len(self._layers)
+            kept = last if end else None
+            added = attention_block(
+                ops, config, layer, weights, normed, self._tables[i], batch, kv, i, kept
+            )
+            if kept is not None:
+                residual = residual[kept]
             normed, residual = ops.add_rms_norm(added, residual, weights.feed_forward_norm, config.rms_eps)
             added = feed_forward_block(ops, config, weights, normed)
-            last = i + 1 == len(self._layers)
-            following = self._norm if last else self._layers[i + 1].input_norm
+            following = self._norm if end else self._layers[i + 1].input_norm
             normed, residual = ops.add_rms_norm(added, residual, following, config.rms_eps)
         return normed
 

@@ -119,8 +119,12 @@ def attention_block(
     batch: AttentionBatch,
     kv: KVCache,
     index: int,
+    last: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Self-attention of ``normed`` [T, H] in layer ``index``: what is added to the residual, [T, H]."""
+    """Self-attention of ``normed`` [T, H] in layer ``index``: what is added to the residual, [T, H].
+
+    With ``last``, int64 [S], where each sequence's last token is: of these tokens alone, [S, H].
+    """
     q = ops.rotary_and_store(
         ops.linear(normed, weights.qkv),
         table,
@@ -132,6 +136,8 @@ def attention_block(
         weights.k_norm,
         sizes.rms_eps,
     )
+    if last is not None:
+        q, batch = q[last], _last_queries(batch, last)
     mixed = ops.attention(
         q, kv, index, batch, sizes.attention_scale, layer.window, sizes.attention_soft_cap
     )
@@ -139,6 +145,19 @@ def attention_block(
     if weights.post_attention_norm is not None:
         out = ops.rms_norm(out, weights.post_attention_norm, sizes.rms_eps)
     return out
+
+
+def _last_queries(batch: AttentionBatch, last: torch.Tensor) -> AttentionBatch:
+    """The batch of each sequence's last token alone."""
+    return AttentionBatch(
+        query_starts=torch.arange(len(last) + 1, dtype=torch.int32, device=last.device),
+        positions=batch.positions[last],
+        context_lens=batch.context_lens,
+        block_tables=batch.block_tables,
+        slots=batch.slots[last],
+        max_query=1,
+        max_context=batch.max_context,
+    )
 
 
 def feed_forward_block(
