@@ -7,8 +7,10 @@ from collections.abc import Callable
 import torch
 
 from batchinfer.kernels.ops import AttentionBatch
-from batchinfer.kernels.triton.attention import decode_kernel, prefill_kernel, reduce_kernel, shared_kernel
 from batchinfer.kernels.triton.cache import TritonKVCache
+from batchinfer.kernels.triton.decode import decode_kernel, reduce_kernel
+from batchinfer.kernels.triton.prefill import prefill_kernel
+from batchinfer.kernels.triton.shared_prefix import shared_kernel
 from batchinfer.kernels.triton.sharing import SharedSplits
 from batchinfer.kernels.triton.tiles import (
     BLOCK,
