@@ -8,6 +8,7 @@ and counted by position, so a token depends on neither the batch nor on where th
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,11 @@ _GREEDY_BELOW = 1e-5
 
 # Tokens among which the filters are tried first.
 _CANDIDATES = 256
+
+# Sets of rows whose parameters are kept on the device: the portions of one step, and of the next.
+_SETS_KEPT = 16
+
+_FLOATS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
 
 _MASK64 = (1 << 64) - 1
 
@@ -45,10 +51,30 @@ def _mix(word: int) -> int:
     return word ^ (word >> 31)
 
 
+@dataclass(frozen=True, slots=True)
+class _RowParameters:
+    """The parameters of a set of rows [n] on the device.
+
+    ``rows`` int64 [n], ``prompt_lens`` and ``top_k`` int64 [n], ``keys`` int64 [n, 2], ``floats`` fp32
+    [n] by name. ``penalized`` and ``filtered`` are int64 places among the n. ``biases`` are what is added
+    to the logits at (place, token): int64, int64 and fp32 of one length.
+    """
+
+    rows: torch.Tensor
+    prompt_lens: torch.Tensor
+    top_k: torch.Tensor
+    keys: torch.Tensor
+    floats: dict[str, torch.Tensor]
+    penalized: torch.Tensor
+    filtered: torch.Tensor
+    biases: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+
+
 class Sampler:
     """The sampling parameters of all rows, and the step from logits to tokens.
 
-    ``eos_token_ids`` are masked, with a row's own stop ids, until it has its ``min_tokens``.
+    ``eos_token_ids`` are masked, with a row's own stop ids, until it has its ``min_tokens``. Parameters
+    go to the device when the set of rows changes, and stay there while the same rows decode on.
     """
 
     def __init__(
@@ -66,15 +92,16 @@ class Sampler:
         self._params = [SamplingParams()] * max_rows
         self._prompt_lens = np.zeros(max_rows, np.int64)
         self._keys = np.zeros((max_rows, 2), np.int64)
-        names = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
-        self._floats = {name: np.zeros(max_rows, np.float32) for name in names}
+        self._floats = {name: np.zeros(max_rows, np.float32) for name in _FLOATS}
         self._top_k = np.zeros(max_rows, np.int64)
         self._penalized = np.zeros(max_rows, np.bool_)
         self._filtered = np.zeros(max_rows, np.bool_)
         self._edited = np.zeros(max_rows, np.bool_)
+        self._uploaded: dict[bytes, _RowParameters] = {}
 
     def set_row(self, new: NewRow) -> None:
         """Take the parameters of the sample that a row is given to."""
+        self._uploaded.clear()
         row, params = new.row, new.sampling
         greedy = params.temperature < _GREEDY_BELOW
         self._params[row] = params
@@ -110,45 +137,71 @@ class Sampler:
         ``logits`` fp32 [n, V] are overwritten. ``tokens`` int32 [max_rows, width] is the token table,
         by which penalties count what came before ``positions``.
         """
-        if self._edited[rows].any():
-            self._add_bias(logits, rows)
-        if self._penalized[rows].any():
-            self._penalize(logits, rows, positions, tokens)
+        parameters = self._parameters(rows)
+        at = to_device(positions.astype(np.int64), self._device)
+        if parameters.biases is not None:
+            places, ids, values = parameters.biases
+            logits.index_put_((places, ids), values, accumulate=True)
+        if len(parameters.penalized):
+            longest = int(positions[self._penalized[rows]].max())
+            self._penalize(logits, parameters, at, tokens[:, :longest])
         if self._edited[rows].any():
             self._mask_stops(logits, rows, positions)
-        if self._filtered[rows].any():
+        if len(parameters.filtered):
             self._filter(logits, rows)
-        return self._ops.sample(
-            logits,
-            to_device(self._floats["temperature"][rows], self._device),
-            to_device(self._keys[rows], self._device),
-            to_device(positions.astype(np.int64), self._device),
-        )
+        return self._ops.sample(logits, parameters.floats["temperature"], parameters.keys, at)
 
-    def _add_bias(self, logits: torch.Tensor, rows: npt.NDArray[np.int32]) -> None:
+    def _parameters(self, rows: npt.NDArray[np.int32]) -> _RowParameters:
+        """Those of ``rows`` [n], uploaded unless the same rows were asked for before."""
+        key = rows.tobytes()
+        if key not in self._uploaded:
+            if len(self._uploaded) >= _SETS_KEPT:
+                self._uploaded.clear()
+            self._uploaded[key] = self._upload(rows)
+        return self._uploaded[key]
+
+    def _upload(self, rows: npt.NDArray[np.int32]) -> _RowParameters:
+        integers = np.stack((rows.astype(np.int64), self._prompt_lens[rows], self._top_k[rows]))
+        floats = np.stack([self._floats[name][rows] for name in _FLOATS])
+        on_rows, prompt_lens, top_k = to_device(integers, self._device).unbind()
         edits = [
-            (i, token, bias)
-            for i, row in enumerate(rows)
-            for token, bias in self._params[row].logit_bias.items()
+            (place, token, bias)
+            for place in np.flatnonzero(self._edited[rows]).tolist()
+            for token, bias in self._params[rows[place]].logit_bias.items()
             if 0 <= token < self._vocab_size
         ]
+        biases = None
         if edits:
-            places, ids, biases = (list(column) for column in zip(*edits, strict=True))
-            logits[places, ids] += torch.tensor(biases, dtype=torch.float32, device=self._device)
+            places, ids, values = zip(*edits, strict=True)
+            biases = (
+                to_device(np.array(places, np.int64), self._device),
+                to_device(np.array(ids, np.int64), self._device),
+                to_device(np.array(values, np.float32), self._device),
+            )
+        return _RowParameters(
+            rows=on_rows,
+            prompt_lens=prompt_lens,
+            top_k=top_k,
+            keys=to_device(self._keys[rows], self._device),
+            floats=dict(zip(_FLOATS, to_device(floats, self._device).unbind(), strict=True)),
+            penalized=to_device(np.flatnonzero(self._penalized[rows]), self._device),
+            filtered=to_device(np.flatnonzero(self._filtered[rows]), self._device),
+            biases=biases,
+        )
 
     def _mask_stops(
         self, logits: torch.Tensor, rows: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]
     ) -> None:
         edits = [
-            (i, token)
-            for i, row in enumerate(rows)
-            if positions[i] - self._prompt_lens[row] < self._params[row].min_tokens
-            for token in self._stops(self._params[row])
+            (place, token)
+            for place in np.flatnonzero(self._edited[rows]).tolist()
+            if positions[place] - self._prompt_lens[rows[place]] < self._params[rows[place]].min_tokens
+            for token in self._stops(self._params[rows[place]])
             if 0 <= token < self._vocab_size
         ]
         if edits:
-            places, ids = (list(column) for column in zip(*edits, strict=True))
-            logits[places, ids] = -torch.inf
+            places, ids = to_device(np.array(edits, np.int64).T, self._device).unbind()
+            logits.index_put_((places, ids), logits.new_full((), -torch.inf))
 
     def _stops(self, params: SamplingParams) -> tuple[int, ...]:
         return params.stop_token_ids + (() if params.ignore_eos else self._eos)
@@ -156,31 +209,25 @@ class Sampler:
     def _penalize(
         self,
         logits: torch.Tensor,
-        rows: npt.NDArray[np.int32],
-        positions: npt.NDArray[np.int32],
+        parameters: _RowParameters,
+        positions: torch.Tensor,
         tokens: torch.Tensor,
     ) -> None:
         """Repetition (of prompt and output) scales; presence and frequency (of the output) subtract."""
-        places = np.flatnonzero(self._penalized[rows])
-        chosen = rows[places]
-        index = to_device(places, self._device)
-        length = to_device(positions[places].astype(np.int64), self._device)[:, None]
-        prompt = to_device(self._prompt_lens[chosen], self._device)[:, None]
-        history = tokens[
-            to_device(chosen.astype(np.int64), self._device), : int(positions[places].max())
-        ].long()
+        places = parameters.penalized
+        length, prompt = positions[places, None], parameters.prompt_lens[places, None]
+        history = tokens[parameters.rows[places]].long()
         at = torch.arange(history.shape[1], device=self._device)
         zeros = torch.zeros((len(places), self._vocab_size), device=self._device)
         seen = zeros.scatter_add(1, history, (at < length).float()) > 0
         produced = zeros.scatter_add(1, history, ((at >= prompt) & (at < length)).float())
         repetition, presence, frequency = (
-            to_device(self._floats[name][chosen], self._device)[:, None]
-            for name in ("repetition", "presence", "frequency")
+            parameters.floats[name][places, None] for name in ("repetition", "presence", "frequency")
         )
-        part = logits[index]
+        part = logits[places]
         repeated = torch.where(part > 0, part / repetition, part * repetition)
         part = torch.where(seen, repeated, part)
-        logits[index] = part - frequency * produced - presence * (produced > 0)
+        logits[places] = part - frequency * produced - presence * (produced > 0)
 
     def _filter(self, logits: torch.Tensor, rows: npt.NDArray[np.int32]) -> None:
         """Mask what top-k, top-p and min-p leave out, in this order, at the row's temperature.
@@ -188,17 +235,19 @@ class Sampler:
         On a CPU sorting a vocabulary costs more than the model's step, so a row's best tokens are
         tried first and more of them where all would stay: what is masked is the same.
         """
-        places = np.flatnonzero(self._filtered[rows])
         if isinstance(self._ops, FilterOperator):
-            chosen = rows[places]
-            temperature, top_p, min_p = (
-                to_device(self._floats[name][chosen], self._device)
-                for name in ("temperature", "top_p", "min_p")
+            parameters = self._parameters(rows)
+            chosen, floats = parameters.filtered, parameters.floats
+            self._ops.filter(
+                logits,
+                chosen,
+                floats["temperature"][chosen],
+                parameters.top_k[chosen],
+                floats["top_p"][chosen],
+                floats["min_p"][chosen],
             )
-            top_k = to_device(self._top_k[chosen], self._device)
-            index = to_device(places.astype(np.int64), self._device)
-            self._ops.filter(logits, index, temperature, top_k, top_p, min_p)
             return
+        places = np.flatnonzero(self._filtered[rows])
         width = self._vocab_size if self._device.type == "cuda" else min(_CANDIDATES, self._vocab_size)
         while len(places):
             done = self._filter_among(logits, places, rows[places], width)
