@@ -37,20 +37,26 @@ def graph_sizes(max_rows: int) -> list[int]:
 
 
 class CudaRecorder:
-    """Records graphs that share one pool of memory: they are replayed one at a time."""
+    """Records graphs that share one pool of memory: they are replayed one at a time.
+
+    All are run and recorded on one stream, so that what running them takes is taken once.
+    """
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._stream: Any = None
 
     def __call__(self, work: Callable[[], None]) -> Replay:
         """Record what ``work`` launches; it is run before, so that kernels are compiled and chosen."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             work()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             work()
         self._pool = graph.pool()
         replay: Replay = graph.replay

@@ -13,12 +13,13 @@ from batchinfer.engine.graphs import CudaRecorder
 from batchinfer.engine.memory import CacheSize, cache_size, host_memory
 from batchinfer.engine.models.decoder import Decoder, DecoderConfig
 from batchinfer.engine.models.registry import decoder_config
+from batchinfer.engine.peak import CudaMeter, step_bytes
 from batchinfer.engine.rates import measure_costs
 from batchinfer.engine.runner import TorchRunner
 from batchinfer.engine.tokenizer import Tokenizer, load_tokenizer
 from batchinfer.engine.types import ModelError
 from batchinfer.engine.weights import ModelFiles, WeightReader, find_model, fingerprint
-from batchinfer.kernels.ops import AttentionBatch, KernelsUnavailable, KVSpec, Operators, operators_for
+from batchinfer.kernels.ops import KernelsUnavailable, KVSpec, Operators, operators_for
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _STORED_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -73,6 +74,8 @@ def load(config: EngineConfig) -> Loaded:
     spec = model.kv_spec(_KV_DTYPES[dtype if config.kv_dtype == "auto" else config.kv_dtype])
     context = config.max_context or model.max_context
     decoder = _decoder(config, files, model, ops, device, _DTYPES[dtype], min(context, model.max_context))
+    # Before the cache takes what is left: the measurement needs a gigabyte for a moment.
+    costs = measure_costs(decoder, spec)
     try:
         size = _size_cache(config, model, decoder, ops, spec)
         # One block more than sequences get: graphs fill up their batches with it.
@@ -80,7 +83,6 @@ def load(config: EngineConfig) -> Loaded:
         kv = ops.allocate_kv(spec, size.num_blocks + (recorder is not None), device)
     except ValueError as error:
         raise ModelError(f"kv_dtype is {config.kv_dtype!r}: {error}") from error
-    costs = measure_costs(decoder, spec)
     runner = TorchRunner(
         decoder,
         ops,
@@ -169,33 +171,30 @@ def _size_cache(
     )
 
 
-@torch.inference_mode()
 def _free_after_peak(
     config: EngineConfig, model: DecoderConfig, decoder: Decoder, ops: Operators, spec: KVSpec
 ) -> int:
-    """Bytes of the GPU that a largest step leaves: its share, less weights, less the peak measured."""
-    device, size = decoder.device, ops.block_size(spec)
-    tokens = min(config.max_batch_tokens, config.max_context or model.max_context)
-    blocks = -(-tokens // size)
-    kv = ops.allocate_kv(spec, blocks, device)
-    positions = torch.arange(tokens, device=device)
-    batch = AttentionBatch(
-        query_starts=torch.tensor([0, tokens], dtype=torch.int32, device=device),
-        positions=positions,
-        context_lens=torch.tensor([tokens], dtype=torch.int32, device=device),
-        block_tables=torch.arange(blocks, dtype=torch.int32, device=device)[None],
-        slots=positions,
-        max_query=tokens,
-        max_context=tokens,
-    )
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    hidden = decoder.forward(torch.zeros_like(positions), batch, kv)
-    # Logits, their log-softmax, and the sampler's copies of both.
-    decoder.logits(hidden[: min(256, config.max_sequences)]).log_softmax(-1).sort(-1)
-    torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) - before
-    del kv, hidden
+    """Bytes of the GPU that steps leave: its share, less weights, less what steps need at their peak.
+
+    Raises ModelError when the largest step does not fit.
+    """
+    device = decoder.device
+    try:
+        needed = step_bytes(
+            decoder,
+            ops,
+            spec,
+            CudaMeter(device),
+            max_sequences=config.max_sequences,
+            max_batch_tokens=config.max_batch_tokens,
+            max_context=min(config.max_context or model.max_context, model.max_context),
+            recorded=True,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"A step of {config.max_batch_tokens} tokens and {config.max_sequences} sequences does not fit "
+            f"into the memory of {device} beside the weights; lower max_batch_tokens or max_sequences."
+        ) from error
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    return int(free - peak - total * (1.0 - config.memory_share))
+    return int(free - needed - total * (1.0 - config.memory_share))
