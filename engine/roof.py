@@ -74,15 +74,19 @@ class Roof:
     overlapped: float
 
 
-def model_sizes(model: DecoderConfig, weight_bytes: float, kv_bytes: float) -> ModelSizes:
-    """The sizes of ``model`` with weights and KV of so many bytes a number."""
+def model_sizes(
+    model: DecoderConfig, weight_bytes: float, kv_bytes: float, head_bytes: float | None = None
+) -> ModelSizes:
+    """The sizes of ``model`` with weights and KV of so many bytes a number; the head's are the weights'
+    where they are not given."""
     head = model.vocab_size * model.hidden_size
     return ModelSizes(
         layer_flops=2.0 * model.layer_parameters,
         head_flops=2.0 * head,
         attention_flops=4.0 * model.num_heads * model.head_size,
         kv_bytes=2.0 * model.num_kv_heads * model.head_size * kv_bytes,
-        weight_bytes=(model.layer_parameters + head) * weight_bytes,
+        weight_bytes=model.layer_parameters * weight_bytes
+        + head * (weight_bytes if head_bytes is None else head_bytes),
         windows=tuple(layer.window for layer in model.layers),
     )
 

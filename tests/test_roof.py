@@ -64,6 +64,25 @@ def test_the_roof_of_a_case_counted_by_hand() -> None:
     assert 1e6 / best.overlapped == pytest.approx(12.3 + 47.2, rel=0.005)
 
 
+def test_twice_the_sequences_halve_what_each_token_pays_for_the_weights() -> None:
+    """11.9 thousand need 512 requests at a time (9.4 at 87% of the bytes and 68% of the operations a
+    second), whose KV of 1536 tokens on average is 116 GB."""
+    model = sizes_of("Qwen3-8B")
+    work = work_of(model, [RequestSizes(1024, 0, 1024)] * 512)
+    assert roof(model, work, 512, H200).sequential == pytest.approx(11.9e3, rel=0.005)
+    assert roof(model, work, 512, Limits(0.68 * 989e12, 0.87 * 4.8e12)).sequential == pytest.approx(
+        9.4e3, rel=0.005
+    )
+    assert 512 * 1536 * model.kv_bytes * 36 == pytest.approx(116e9, rel=0.01)
+
+
+def test_a_head_may_be_wider_than_the_layers() -> None:
+    model = decoder_config("Qwen3-8B", json.loads((CONFIGS / "Qwen3-8B" / "config.json").read_text()))
+    head = model.vocab_size * model.hidden_size
+    assert model_sizes(model, 0.5, 2.0, 1.0).weight_bytes == 0.5 * model.layer_parameters + head
+    assert model_sizes(model, 0.5, 2.0).weight_bytes == 0.5 * (model.layer_parameters + head)
+
+
 def test_parameters_of_the_shipped_configurations() -> None:
     """Without embeddings where they are not the head too: 0.6, 7.6 and 7.5 billion."""
     for name, billions in (("Qwen3-0.6B", 0.596), ("Qwen3-8B", 7.57), ("Llama-3.1-8B", 7.5)):
