@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from batchinfer.kernels.fp8 import FP8Linear, pack_fp8, quantize_rows
 from batchinfer.kernels.ops import AttentionBatch, KVCache, KVSpec, PackedLinear
+from batchinfer.kernels.weight_only import Int4Linear, Int8Linear, pack_int4, pack_int8
 
 # fp32 elements of the largest temporary that attention makes: 64 MiB.
 _ATTENTION_ELEMENTS = 1 << 24
@@ -78,10 +79,14 @@ class ReferenceOperators:
 
     def pack_linear(
         self, weight: torch.Tensor, bias: torch.Tensor | None, quantize: str | None
-    ) -> ReferenceLinear | FP8Linear:
-        """Keep the weight, or round its rows to fp8. Raises ValueError for another quantization."""
+    ) -> ReferenceLinear | FP8Linear | Int8Linear | Int4Linear:
+        """Keep the weight, or round it to fp8, int8 or int4. Raises ValueError for anything else."""
         if quantize == "fp8":
             return pack_fp8(weight, bias)
+        if quantize == "int8":
+            return pack_int8(weight, bias)
+        if quantize == "int4":
+            return pack_int4(weight, bias)
         if quantize is not None:
             raise ValueError(f"The reference operators can't quantize weights to {quantize}.")
         return ReferenceLinear(weight, bias)
@@ -90,6 +95,8 @@ class ReferenceOperators:
         """[T, in] -> [T, out]; for an fp8 weight each row of ``x`` is rounded to fp8 too."""
         if isinstance(weight, FP8Linear):
             return weight.product(quantize_rows(x), x.dtype)
+        if isinstance(weight, (Int8Linear, Int4Linear)):
+            return self._weight_only(x, weight).to(x.dtype)
         assert isinstance(weight, ReferenceLinear)
         return F.linear(x, weight.weight, weight.bias)
 
@@ -99,6 +106,8 @@ class ReferenceOperators:
 
     def logits(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
         """[n, in] -> fp32 [n, out]."""
+        if isinstance(weight, (Int8Linear, Int4Linear)):
+            return self._weight_only(x, weight)
         return self.linear(x, weight).float()
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -185,6 +194,10 @@ class ReferenceOperators:
         if kind == "gelu_tanh":
             return F.gelu(gate, approximate="tanh") * up
         raise ValueError(f"Unknown activation {kind!r}.")
+
+    def _weight_only(self, x: torch.Tensor, weight: Int8Linear | Int4Linear) -> torch.Tensor:
+        """The product with what the weight stands for, in fp32: [T, in] -> fp32 [T, out]."""
+        return F.linear(x.float(), weight.wide(), None if weight.bias is None else weight.bias.float())
 
     def sample(
         self,

@@ -243,8 +243,8 @@ def test_blocks_take_the_bytes_that_are_allocated() -> None:
         assert sum(page.nbytes for page in pages if page is not None) == 5 * OPS.block_bytes(spec)
     with pytest.raises(ValueError, match=r"no KV cache of torch\.float8_e4m3fn"):
         OPS.allocate_kv(KVSpec(3, 2, 8, torch.float8_e4m3fn), 5, CPU)
-    with pytest.raises(ValueError, match="can't quantize weights to int4"):
-        OPS.pack_linear(torch.zeros(2, 2), None, "int4")
+    with pytest.raises(ValueError, match="can't quantize weights to int2"):
+        OPS.pack_linear(torch.zeros(2, 2), None, "int2")
 
 
 def test_an_int8_cache_rounds_each_head_of_a_token_by_its_largest_magnitude() -> None:

@@ -28,7 +28,7 @@ def check(rows: Sequence[object]) -> None:
     assert rows
     for row in rows:
         assert row.shared_bytes <= row.limit_bytes, row
-        if row.kernel in ("prefill", "decode", "shared") and "fp32" not in row.shape:
+        if row.kernel in ("prefill", "decode", "shared", "product") and "fp32" not in row.shape:
             assert "mma" in row.instructions, row
 
 
@@ -53,9 +53,25 @@ def test_a_model_in_bf16(tool: ModuleType) -> None:
     assert any("wgmma" in row.instructions for row in rows if row.kernel == "prefill")
 
 
+def test_narrow_weights_meet_tensor_cores(tool: ModuleType) -> None:
+    """Also those of a few rows, whose tile of 16 tokens is a Hopper product's smaller side."""
+    rows = tool.compile_shape("Qwen3-8B int4", "sm_90")
+    check(rows)
+    assert {row.kernel for row in rows} == {"product", "sum"}
+    products = [row for row in rows if row.kernel == "product"]
+    assert {"M=16", "M=64", "M=128"} <= {part for row in products for part in row.tile.split()}
+    assert all("wgmma" in row.instructions and row.spills == 0 for row in products)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "target"), [("Qwen3-0.6B", "sm_80"), ("Gemma-2-9B fp8", "sm_89"), ("256 fp32", "sm_89")]
+    ("name", "target"),
+    [
+        ("Qwen3-0.6B", "sm_80"),
+        ("Gemma-2-9B fp8", "sm_89"),
+        ("256 fp32", "sm_89"),
+        ("Qwen3-8B int8", "sm_89"),
+    ],
 )
 def test_the_largest_tiles_fit(tool: ModuleType, name: str, target: str) -> None:
     """Beside what the command compiles: all shapes for all targets, in minutes."""

@@ -31,7 +31,7 @@ def interpret(*arguments: str, **environment: str) -> None:
 
 
 def test_the_operators_are_those_of_the_reference() -> None:
-    interpret(str(TESTS / "triton_operators.py"))
+    interpret(str(TESTS / "triton_operators.py"), str(TESTS / "triton_weight_only.py"))
 
 
 def test_a_model_writes_the_tokens_of_the_reference() -> None:
@@ -49,6 +49,6 @@ def test_many_random_steps() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("file", ["triton_operators.py", "triton_model.py"])
+@pytest.mark.parametrize("file", ["triton_operators.py", "triton_weight_only.py", "triton_model.py"])
 def test_the_same_on_a_gpu(file: str) -> None:
     assert pytest.main(["-q", "-p", "no:cacheprovider", str(TESTS / file)]) == 0

@@ -592,8 +592,8 @@ def test_what_this_gpu_can_not_do_is_said() -> None:
         ampere.pack_linear(weight, None, "fp8")
     with pytest.raises(ValueError, match=r"capability 8\.9"):
         ampere.allocate_kv(KVSpec(1, 1, 16, FP8), 1, DEVICE)
-    with pytest.raises(ValueError, match="int4"):
-        OPS.pack_linear(weight, None, "int4")
+    with pytest.raises(ValueError, match="int2"):
+        OPS.pack_linear(weight, None, "int2")
     with pytest.raises(ValueError, match="int8"):
         OPS.allocate_kv(KVSpec(1, 1, 16, torch.int8), 1, DEVICE)
 

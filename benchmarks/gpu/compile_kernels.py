@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from batchinfer.kernels.ops import AttentionBatch, KVSpec
-from batchinfer.kernels.triton import attend, operators, sharing
+from batchinfer.kernels.triton import attend, operators, sharing, weight_only
 from batchinfer.kernels.triton.operators import TritonOperators
 from batchinfer.kernels.triton.tiles import SHARED_MEMORY
 
@@ -60,6 +60,12 @@ SHAPES = {
     "Qwen3-0.6B": Shape(16, 8, 128, 1024, 3072, 151936, qk_norms=True),
     "Qwen3-8B": Shape(32, 8, 128, 4096, 12288, 151936, qk_norms=True),
     "Qwen3-8B fp8": Shape(32, 8, 128, 4096, 12288, 151936, kv_dtype=FP8, quantize="fp8", qk_norms=True),
+    "Qwen3-8B int8": Shape(32, 8, 128, 4096, 12288, 151936, quantize="int8", qk_norms=True),
+    "Qwen3-8B int4": Shape(32, 8, 128, 4096, 12288, 151936, quantize="int4", qk_norms=True),
+    "SmolLM2-135M int4": Shape(9, 3, 64, 576, 1536, 49152, quantize="int4"),
+    "SmolLM2-135M fp32 int8": Shape(
+        9, 3, 64, 576, 1536, 49152, dtype=torch.float32, kv_dtype=torch.float32, quantize="int8"
+    ),
     "Llama-3.1-8B fp16": Shape(
         32, 8, 128, 4096, 14336, 128256, dtype=torch.float16, kv_dtype=torch.float16
     ),
@@ -132,7 +138,7 @@ def recorded() -> Iterator[list[Launch]]:
 
     kernels = [
         (module, name, value)
-        for module in (attend, operators, sharing)
+        for module in (attend, operators, sharing, weight_only)
         for name, value in vars(module).items()
         if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
     ]
@@ -165,6 +171,8 @@ def launches_of(shape: Shape, capability: tuple[int, int]) -> list[Launch]:
         max_context=context,
     )
     norm = empty(shape.head_size, dtype=torch.float32) if shape.qk_norms else None
+    if shape.quantize in ("int8", "int4"):
+        return product_launches(ops, shape, empty)
     with recorded() as launches:
         kv = ops.allocate_kv(spec, 8, META)
         if shape.quantize:
@@ -195,7 +203,26 @@ def launches_of(shape: Shape, capability: tuple[int, int]) -> list[Launch]:
     return launches
 
 
+def product_launches(
+    ops: TritonOperators, shape: Shape, empty: Callable[..., torch.Tensor]
+) -> list[Launch]:
+    """The launches of the attention's output, with a bias, at few and at many rows, and of the head.
+
+    Nothing else changes with narrow weights: those kernels are another shape's.
+    """
+    size = shape.heads * shape.head_size
+    weight = ops.pack_linear(empty(shape.hidden, size), empty(shape.hidden), shape.quantize)
+    head = ops.pack_linear(empty(shape.vocabulary, shape.hidden), None, "int8")
+    with recorded() as launches:
+        for rows in (16, 32, 64, 256, 4096):
+            ops.linear(empty(rows, size), weight)
+        ops.logits(empty(64, shape.hidden), head)
+    return launches
+
+
 _POINTERS = {
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
@@ -258,14 +285,14 @@ def instructions(ptx: str) -> str:
 
 def tile(launch: Launch) -> str:
     """The sizes by which a launch was cut."""
-    names = ("M", "N", "DP", "WIDTH", "HP", "CHUNK")
+    names = ("M", "N", "DP", "WIDTH", "HP", "CHUNK", "INT4")
     return " ".join(f"{name}={launch.arguments[name]}" for name in names if name in launch.arguments)
 
 
 def compile_shape(name: str, target: str) -> list[Compiled]:
     """Every kernel of one shape for one target; none for fp8 on a GPU without."""
     shape, capability = SHAPES[name], TARGETS[target]
-    if (shape.quantize or shape.kv_dtype == FP8) and capability < (8, 9):
+    if (shape.quantize == "fp8" or shape.kv_dtype == FP8) and capability < (8, 9):
         return []
     rows = []
     for launch in launches_of(shape, capability):

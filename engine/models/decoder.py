@@ -102,7 +102,8 @@ class Decoder:
             if config.tied_embeddings
             else source.weight(["lm_head.weight"], [config.vocab_size], config.hidden_size)
         )
-        self._head = ops.pack_linear(head, None, quantize)
+        # Four bits a weight are too few for the head: every token's chances come from it alone.
+        self._head = ops.pack_linear(head, None, "int8" if quantize == "int4" else quantize)
         tables: dict[int, torch.Tensor] = {}
         ropes = [layer.rope for layer in config.layers]
         self._tables = []

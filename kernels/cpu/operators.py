@@ -120,7 +120,7 @@ class CPUOperators:
                 return PanelInt8Linear.pack(self._library, weight, bias)
             return Int8Linear.pack(self._library, weight, bias)
         if quantize is not None:
-            raise ValueError(f"the cpu operators quantize weights to int8, not to {quantize}.")
+            raise ValueError(f"the cpu operators quantize weights to int8, not to {quantize}: choose int8.")
         if self._own_bf16 and weight.dtype == torch.bfloat16 and in_features % 2 == 0:
             return PanelLinear.pack(self._library, weight, bias)
         return Linear.pack(weight, bias)

@@ -1,4 +1,7 @@
-"""The operators on CUDA: Triton kernels, matrix products by cuBLAS, fp8 ones by ``torch._scaled_mm``."""
+"""The operators on CUDA: Triton kernels, and products by cuBLAS where weights are as wide as activations.
+
+fp8 products are those of ``torch._scaled_mm``, int8 and int4 weights are Triton's.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,8 @@ from batchinfer.kernels.triton.rows import activation_kernel, norm_kernel, quant
 from batchinfer.kernels.triton.sample import bound_kernel, choose_kernel
 from batchinfer.kernels.triton.sharing import SharedSplits, find_shared
 from batchinfer.kernels.triton.tiles import BLOCK, SPLIT, num_splits, power_of_two, row_warps
+from batchinfer.kernels.triton.weight_only import multiply
+from batchinfer.kernels.weight_only import Int4Linear, Int8Linear, pack_int4, pack_int8
 
 _FP8 = torch.float8_e4m3fn
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
@@ -78,16 +83,20 @@ class TritonOperators:
 
     def pack_linear(
         self, weight: torch.Tensor, bias: torch.Tensor | None, quantize: str | None
-    ) -> ReferenceLinear | FP8Linear:
-        """Keep the weight, or round each of its rows to fp8 with a scale.
+    ) -> ReferenceLinear | FP8Linear | Int8Linear | Int4Linear:
+        """Keep the weight, or round its rows to fp8 or int8, or groups of their numbers to int4.
 
         A weight whose sizes are no multiples of 16 can't be multiplied in fp8 and is kept. Raises
-        ValueError for another quantization, or on a GPU without fp8.
+        ValueError for another quantization, or for fp8 on a GPU without it.
         """
         if quantize is None:
             return ReferenceLinear(weight, bias)
+        if quantize == "int8":
+            return pack_int8(weight, bias)
+        if quantize == "int4":
+            return pack_int4(weight, bias)
         if quantize != "fp8":
-            raise ValueError(f"the triton operators quantize weights to fp8, not to {quantize}.")
+            raise ValueError(f"the triton operators quantize weights to int8, int4 or fp8, not {quantize}.")
         if self._capability < _FIRST_WITH_FP8:
             raise ValueError(
                 "fp8 products need a GPU of compute capability 8.9 or higher, "
@@ -102,6 +111,8 @@ class TritonOperators:
         """[T, in] -> [T, out]; for an fp8 weight each row of ``x`` is rounded to fp8 too."""
         if isinstance(weight, FP8Linear):
             return weight.product(self._fp8_rows(x), x.dtype)
+        if isinstance(weight, (Int8Linear, Int4Linear)):
+            return multiply(x, weight, x.dtype, self._capability)
         assert isinstance(weight, ReferenceLinear)
         return F.linear(x, weight.weight, weight.bias)
 
@@ -110,7 +121,9 @@ class TritonOperators:
         return self.gated_activation(self.linear(x, weight), kind)
 
     def logits(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
-        """[n, in] -> fp32 [n, out]; cuBLAS writes its fp32 sums where there is no bias."""
+        """[n, in] -> fp32 [n, out], the sums as they are; only cuBLAS rounds them where there is a bias."""
+        if isinstance(weight, (Int8Linear, Int4Linear)):
+            return multiply(x, weight, torch.float32, self._capability)
         half = x.is_cuda and x.dtype.itemsize == 2
         if half and isinstance(weight, ReferenceLinear) and weight.bias is None:
             return torch.mm(x, weight.weight.t(), out_dtype=torch.float32)

@@ -14,6 +14,10 @@ BLOCK = 32
 SPLIT = 512
 MAX_SPLITS = 32
 
+# Programs that keep a large GPU of 132 multiprocessors busy with products of narrow weights.
+_FEW_ROWS_PROGRAMS = 528
+_MANY_ROWS_PROGRAMS = 132
+
 # Shared memory that one program may take, in bytes, by compute capability.
 SHARED_MEMORY = {(8, 0): 163 * 1024, (8, 9): 99 * 1024, (9, 0): 227 * 1024}
 
@@ -80,3 +84,40 @@ def shared_tile(
 def row_warps(width: int) -> int:
     """Warps of a program that holds ``width`` values of one row."""
     return 4 if width <= 4096 else 8 if width <= 8192 else 16
+
+
+@dataclass(frozen=True, slots=True)
+class ProductTile:
+    """``outputs`` of a weight meet ``rows`` of activations; ``splits`` programs share the inputs."""
+
+    outputs: int
+    rows: int
+    warps: int
+    stages: int
+    splits: int
+
+
+def product_tile(
+    rows: int, outputs: int, chunks: int, dtype: torch.dtype, capability: tuple[int, int]
+) -> ProductTile:
+    """For weights of 8 or 4 bits with inputs of ``chunks`` chunks.
+
+    Up to 64 rows reading the weights limits: small tiles, so many programs on a multiprocessor that a
+    few hundred are wanted. Beyond them products do. A split has four chunks at least. Among up to 64 rows
+    their number changes no split.
+    """
+    few = rows <= 64
+    size = max(16, power_of_two(rows)) if few else 128
+    if dtype == torch.float32:
+        size = min(size, 32)
+    wanted = _FEW_ROWS_PROGRAMS if few else _MANY_ROWS_PROGRAMS
+    tall = 64 if few else 128
+    programs = -(-outputs // tall) * (1 if few else -(-rows // size))
+    splits = max(1, min(wanted // programs, chunks // 4))
+    # As many as have chunks: seven chunks in splits of two are four.
+    splits = -(-chunks // -(-chunks // splits))
+    if dtype == torch.float32:
+        return ProductTile(tall, size, 4, 1, splits)
+    if few:
+        return ProductTile(tall, size, 4, 4 if size <= 32 else 3, splits)
+    return ProductTile(tall, size, 8, 2 if capability == (8, 9) else 3, splits)
