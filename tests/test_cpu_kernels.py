@@ -5,44 +5,29 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cpu_levels import DTYPES, LEVELS, TOLERANCE, threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchinfer.kernels.cpu import build
 from batchinfer.kernels.cpu.operators import CPUOperators, load
-from batchinfer.kernels.cpu.panels import PanelInt8Linear, PanelLinear
 from batchinfer.kernels.ops import AttentionBatch, KernelsUnavailable, KVSpec
 from batchinfer.kernels.reference import ReferenceOperators, gumbel_noise
 
-LEVELS = build.levels(build.cpu_flags())
 pytestmark = pytest.mark.skipif(not LEVELS, reason="the CPU has no AVX2")
 
 REFERENCE = ReferenceOperators()
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
-DTYPES = list(TOLERANCE)
 
 
 @pytest.fixture(scope="module", params=LEVELS)
 def ops(request: pytest.FixtureRequest) -> CPUOperators:
     """The operators at each level that this CPU runs."""
     return load(request.param)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def make_batch(
@@ -406,101 +391,6 @@ def test_greedy_takes_the_lowest_of_equals(ops: CPUOperators) -> None:
     zeros = torch.zeros(3)
     tokens = ops.sample(logits, zeros, torch.zeros(3, 2, dtype=torch.int64), zeros.long())
     assert tokens.tolist() == [17, 999, 0]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [0, 1, 5, 64])
-def test_linear(ops: CPUOperators, dtype: torch.dtype, bias: bool, rows: int) -> None:
-    rng = torch.Generator().manual_seed(rows)
-    weight = (torch.randn(100, 72, generator=rng) / 8).to(dtype)
-    offset = torch.randn(100, generator=rng).to(dtype) if bias else None
-    x = torch.randn(rows, 72, generator=rng).to(dtype)
-    got = ops.linear(x, ops.pack_linear(weight, offset, None))
-    expected = REFERENCE.linear(x, REFERENCE.pack_linear(weight, offset, None))
-    assert got.dtype == expected.dtype
-    torch.testing.assert_close(got, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("quantize", [None, "int8"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("out", "into"), [(128, 64), (192, 72), (100, 72), (64, 76), (1, 4), (6, 10)])
-def test_products_of_a_row_are_its_own(
-    ops: CPUOperators, dtype: torch.dtype, out: int, into: int, quantize: str | None
-) -> None:
-    """Close to the reference, with and without what follows in the same pass, and for our own products
-    the same bits whatever rows lie beside a row and however many threads there are."""
-    rng = torch.Generator().manual_seed(out)
-    weight = (torch.randn(out, into, generator=rng) / 8).to(dtype)
-    bias = torch.randn(out, generator=rng).to(dtype)
-    x = torch.randn(101, into, generator=rng).to(dtype)
-    packed, plain = ops.pack_linear(weight, bias, quantize), REFERENCE.pack_linear(weight, bias, None)
-    tolerance = TOLERANCE[dtype] if quantize is None else 0.15
-    close = {"atol": tolerance, "rtol": tolerance}
-    calls = [lambda x: ops.linear(x, packed), lambda x: ops.logits(x, packed)]
-    expected = [REFERENCE.linear(x, plain), REFERENCE.logits(x, plain)]
-    for kind in ("silu", "gelu_tanh") if out % 2 == 0 else ():
-        calls.append(lambda x, kind=kind: ops.gated_linear(x, packed, kind))
-        expected.append(REFERENCE.gated_linear(x, plain, kind))
-    own = isinstance(packed, PanelLinear | PanelInt8Linear)
-    for call, wanted in zip(calls, expected, strict=True):
-        with threads(1):
-            result = call(x)
-        assert result.dtype == wanted.dtype
-        torch.testing.assert_close(result, wanted, **close)
-        assert call(x[:0]).shape == (0, wanted.shape[1])
-        for count in (1, 2, 3):
-            with threads(count):
-                assert torch.equal(call(x), result) or not own
-                for first, last in ((0, 1), (3, 10), (40, 46), (90, 101)):
-                    part = call(x[first:last])
-                    assert torch.equal(part, result[first:last]) or not own
-                    torch.testing.assert_close(part, wanted[first:last], **close)
-
-
-def test_sums_of_logits_are_not_rounded(ops: CPUOperators) -> None:
-    rng = torch.Generator().manual_seed(5)
-    weight, x = (torch.randn(n, 576, generator=rng).bfloat16() for n in (640, 9))
-    packed = ops.pack_linear(weight, None, None)
-    if isinstance(packed, PanelLinear):
-        torch.testing.assert_close(
-            ops.logits(x, packed), x.float() @ weight.float().T, atol=1e-3, rtol=1e-4
-        )
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [0, 1, 5, 64])
-def test_int8_linear_rounds_rows_and_keeps_what_stands_out(
-    ops: CPUOperators, dtype: torch.dtype, bias: bool, rows: int
-) -> None:
-    rng = torch.Generator().manual_seed(rows)
-    weight = (torch.randn(100, 200, generator=rng) / 8).to(dtype)
-    weight[7] = 0
-    offset = torch.randn(100, generator=rng).to(dtype) if bias else None
-    x = (torch.randn(rows, 200, generator=rng) * torch.rand(rows, 1, generator=rng) * 9).to(dtype)
-    x[:1] = 0
-
-    x[-1:, 9] = 900.0
-    x[-1:, 130] = -300.0
-    wide = x.float()
-    size = torch.minimum(wide.abs().amax(1, keepdim=True), 4 * wide.square().mean(1, keepdim=True).sqrt())
-    held = wide.clamp(-size, size)
-    step = (size / 127).clamp_min(1e-30)
-    whole = (held / step).round() * step + (wide - held)
-    scale = weight.float().abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
-    whole_weight = (weight.float() / scale).round() * scale
-    got = ops.linear(x, ops.pack_linear(weight, offset, "int8"))
-    expected = whole @ whole_weight.T + (0 if offset is None else offset.float())
-    assert got.dtype == dtype
-    # A value on the edge between two steps may be rounded to the other one.
-    edge = step * weight.float().abs().amax()
-    assert ((got.float() - expected).abs() <= edge + TOLERANCE[dtype] * (1 + expected.abs())).all()
-
-
-def test_other_quantizations_are_refused_by_name(ops: CPUOperators) -> None:
-    with pytest.raises(ValueError, match="int4"):
-        ops.pack_linear(torch.zeros(4, 4), None, "int4")
 
 
 def test_block_bytes_are_what_is_allocated(ops: CPUOperators) -> None:

@@ -80,21 +80,17 @@ class Product(ctypes.Structure):
     _fields_ = (
         ("x", ctypes.c_void_p),
         ("panels", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
+        ("scratch", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("in_features", ctypes.c_int64),
         ("out_features", ctypes.c_int64),
+        ("x_type", ctypes.c_int32),
         ("type", ctypes.c_int32),
         ("activation", ctypes.c_int32),
         ("threads", ctypes.c_int32),
-        ("scales", ctypes.c_void_p),
-        ("offsets", ctypes.c_void_p),
-        ("row_scales", ctypes.c_void_p),
-        ("rests", ctypes.c_void_p),
-        ("rest_counts", ctypes.c_void_p),
-        ("most_rests", ctypes.c_int64),
-        ("columns", ctypes.c_void_p),
     )
 
 

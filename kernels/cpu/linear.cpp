@@ -1,15 +1,16 @@
 // Products of many rows with packed weights: bf16 pairs or groups of four bytes, whatever is done with the result in the
 // same pass.
 //
-// A weight [out, in] lies in panels of 64 outputs. Inside a panel one step along the inputs is 256 bytes, the 64 outputs'
-// next two bf16 (or four int8) inputs side by side, as the dot instructions take them; six rows of the input against a
-// panel keep 24 sums in registers. Every sum runs over the inputs in one order, so a row's result depends neither on the
-// rows beside it nor on the number of threads, to the bit.
+// A weight [out, in] lies in panels of 32 outputs. Inside a panel one step along the inputs is 128 bytes, the 32 outputs'
+// next two bf16 (or four bytes) inputs side by side, as the dot instructions take them; six rows of the input against two
+// panels keep 24 sums in registers (bytes: one panel, 12 sums of a group and 12 of the groups before). Every sum runs over
+// the inputs in one order, so a row's result depends neither on the rows beside it nor on the number of threads, to the
+// bit.
 #include <algorithm>
 
 #include "activation.h"
 #include "parallel.h"
-#include "quantize.h"
+#include "rotated.h"
 #include "vector.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
@@ -18,168 +19,206 @@ namespace {
 
 #define UNROLL _Pragma("GCC unroll 8")
 
-constexpr int ROWS = 6, VECTORS = 4, PANEL = VECTORS * LANES, HALF = PANEL / 2, STEP = 256;
+constexpr int ROWS = 6, VECTORS = 4, PANEL = 2 * LANES, STEP = 128;
 constexpr int64_t BLOCK_BYTES = 384 << 10;  // of the input: what stays in a core's second cache beside two panels
-
-struct Pairs {  // bf16
-    static constexpr int INPUTS = 2, BYTES = 2;
-    using Sum = Floats;
-    static Sum zero() { return splat(0); }
-    static Sum dot(Sum sum, Ints row, Ints panel) { return _mm512_dpbf16_ps(sum, (__m512bh)row, (__m512bh)panel); }
-};
-struct Fours {  // unsigned bytes of the input, signed ones of the weight
-    static constexpr int INPUTS = 4, BYTES = 1;
-    using Sum = Ints;
-    static Sum zero() { return splat_int(0); }
-    static Sum dot(Sum sum, Ints row, Ints panel) { return _mm512_dpbusd_epi32(sum, row, panel); }
-};
 
 struct Call {
     const void *x, *panels;
-    const float* bias;  // [out] or null
-    void* out;
+    const float *scales, *bias;  // [out]: of a weight in bytes; or null
+    void *out, *scratch;         // scratch: for the rows' bytes and groups, GROUP + sizeof(Group) for each group
     int64_t rows, in, out_features;
-    int32_t type, activation, threads;  // type: of the elements of out; activation: -1 none, 0 silu, 1 gelu_tanh
-    // Of int8 products alone: each output's scale and its bytes' sum times the input's zero point; each row's scale and
-    // what was clipped of it; the weight as int8 [in, out].
-    const float* scales;
-    const int32_t* offsets;
-    const float* row_scales;
-    const Rest* rests;
-    const int32_t* rest_counts;
-    int64_t most_rests;
-    const int8_t* columns;
+    int32_t x_type, type, activation, threads;  // activation: -1 none, 0 silu, 1 gelu_tanh
 };
 
-// Sums of R rows with the half panels at low and high; meanwhile a line a step is fetched from `ahead` on, of a whole
-// panel or of half a one.
-template <class P, bool WHOLE, int R>
-void multiply(const char* x, int64_t stride, const char* low, const char* high, int64_t steps, const char* ahead,
-              typename P::Sum sums[ROWS][VECTORS]) {
-    typename P::Sum sum[R][VECTORS];
-    UNROLL
-    for (int r = 0; r < R; r++) {
-        UNROLL
-        for (int c = 0; c < VECTORS; c++) sum[r][c] = P::zero();
-    }
-    for (int64_t s = 0; s < steps; s++) {
-        Ints panel[VECTORS];
-        UNROLL
-        for (int c = 0; c < VECTORS; c++) panel[c] = load_ints((WHOLE || c < 2 ? low : high) + s * STEP + (WHOLE ? c : c % 2) * 64);
-        _mm_prefetch(ahead + (WHOLE ? s * 64 : s / 2 * STEP + s % 2 * 64), _MM_HINT_T1);
+// A few rows against two panels. With each pass over the steps a line a step is fetched from its `ahead` on.
+struct Tile {
+    const char *x, *low, *high, *ahead[2];
+    int64_t stride, steps;
+    const Group* groups;  // of the first row; a row has steps / GROUP_STEPS of them
+};
+
+struct Pairs {  // bf16
+    static constexpr int INPUTS = 2, PASSES = 1;
+
+    template <int R>
+    static void multiply(const Tile& t, Floats sums[ROWS][VECTORS]) {
+        Floats sum[R][VECTORS];
         UNROLL
         for (int r = 0; r < R; r++) {
-            int32_t inputs;
-            memcpy(&inputs, x + r * stride + 4 * s, 4);
             UNROLL
-            for (int c = 0; c < VECTORS; c++) sum[r][c] = P::dot(sum[r][c], splat_int(inputs), panel[c]);
+            for (int c = 0; c < VECTORS; c++) sum[r][c] = splat(0);
+        }
+        for (int64_t s = 0; s < t.steps; s++) {
+            Ints panel[VECTORS];
+            UNROLL
+            for (int c = 0; c < VECTORS; c++) panel[c] = load_ints((c < 2 ? t.low : t.high) + s * STEP + c % 2 * 64);
+            _mm_prefetch(t.ahead[0] + s * 64, _MM_HINT_T1);
+            UNROLL
+            for (int r = 0; r < R; r++) {
+                int32_t inputs;
+                memcpy(&inputs, t.x + r * t.stride + 4 * s, 4);
+                __m512bh row = (__m512bh)splat_int(inputs);
+                UNROLL
+                for (int c = 0; c < VECTORS; c++) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], row, (__m512bh)panel[c]);
+            }
+        }
+        UNROLL
+        for (int r = 0; r < R; r++) {
+            UNROLL
+            for (int c = 0; c < VECTORS; c++) sums[r][c] = sum[r][c];
         }
     }
-    UNROLL
-    for (int r = 0; r < R; r++) {
-        UNROLL
-        for (int c = 0; c < VECTORS; c++) sums[r][c] = sum[r][c];
+};
+
+struct Fours {  // signed bytes of the input in groups, unsigned ones of the weight: 128 more than it
+    static constexpr int INPUTS = 4, PASSES = 2, GROUP_STEPS = GROUP / INPUTS;
+
+    template <int R>
+    static void multiply(const Tile& t, Floats sums[ROWS][VECTORS]) {
+        multiply_panel<R>(t, t.low, t.ahead[0], 0, sums);
+        multiply_panel<R>(t, t.high, t.ahead[1], 2, sums);
     }
-}
+
+    template <int R>
+    static void multiply_panel(const Tile& t, const char* panel, const char* ahead, int first, Floats sums[ROWS][VECTORS]) {
+        Floats sum[R][2];
+        UNROLL
+        for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = splat(0);
+        int64_t groups = t.steps / GROUP_STEPS;
+        const char* x = t.x;
+        for (int64_t g = 0; g < groups; g++) {
+            const Group* group = t.groups + g;
+            Ints part[R][2];
+            UNROLL
+            for (int r = 0; r < R; r++) part[r][0] = part[r][1] = splat_int(group[r * groups].zero);
+            _Pragma("GCC unroll 16")  // whole: the compiler copies all sums at the end of each turn
+            for (int s = 0; s < GROUP_STEPS; s++) {
+                Ints a = load_ints(panel), b = load_ints(panel + 64);
+                _mm_prefetch(ahead, _MM_HINT_T1);
+                UNROLL
+                for (int r = 0; r < R; r++) {
+                    int32_t inputs;
+                    memcpy(&inputs, x + r * t.stride, 4);
+                    Ints row = splat_int(inputs);
+                    part[r][0] = _mm512_dpbusd_epi32(part[r][0], a, row);
+                    part[r][1] = _mm512_dpbusd_epi32(part[r][1], b, row);
+                }
+                x += 4;
+                panel += STEP;
+                ahead += 64;
+            }
+            UNROLL
+            for (int r = 0; r < R; r++) {
+                Floats scale = splat(group[r * groups].scale);
+                UNROLL
+                for (int c = 0; c < 2; c++) sum[r][c] = fma(to_floats(part[r][c]), scale, sum[r][c]);
+            }
+        }
+        UNROLL
+        for (int r = 0; r < R; r++) {
+            sums[r][first] = sum[r][0];
+            sums[r][first + 1] = sum[r][1];
+        }
+    }
+};
 
 template <class P>
 struct Product {
     const Call& call;
     const bool gated;
-    const int64_t steps, stride, panels;
+    const int64_t groups, steps, stride, items;
+    const char* x;
+    Group* row_groups;
 
     explicit Product(const Call& c)
-        : call(c), gated(c.activation >= 0), steps(c.in / P::INPUTS), stride(c.in * P::BYTES),
-          panels(gated ? c.out_features / PANEL : (c.out_features + PANEL - 1) / PANEL) {}
+        : call(c), gated(c.activation >= 0), groups((c.in + GROUP - 1) / GROUP),
+          steps(P::INPUTS == 4 ? groups * GROUP / 4 : c.in / 2), stride(steps * 4),
+          items(gated ? c.out_features / (2 * PANEL) : (c.out_features + 2 * PANEL - 1) / (2 * PANEL)),
+          x(static_cast<const char*>(P::INPUTS == 4 ? c.scratch : c.x)),
+          row_groups(P::INPUTS == 4 ? reinterpret_cast<Group*>(static_cast<char*>(c.scratch) + c.rows * stride) : nullptr) {}
 
-    // Where the outputs of half panel h lie, and the first of them.
-    const char* half(int64_t h) const {
-        return static_cast<const char*>(call.panels) + h / 2 * steps * STEP + h % 2 * (STEP / 2);
-    }
-    // The two half panels of item p: neighbours, or a gate's and its up's.
-    int64_t low(int64_t p) const { return gated ? p : 2 * p; }
-    int64_t high(int64_t p) const { return gated ? p + call.out_features / PANEL : 2 * p + 1; }
+    // The two panels of item i: neighbours, or a gate's and its up's.
+    int64_t low(int64_t i) const { return gated ? i : 2 * i; }
+    int64_t high(int64_t i) const { return gated ? i + call.out_features / (2 * PANEL) : 2 * i + 1; }
+    const char* panel(int64_t i) const { return static_cast<const char*>(call.panels) + i * steps * STEP; }
 
-    Floats finished(Floats sum, int64_t, int64_t column, int left) const {
+    Floats finished(Floats sum, int64_t column, int left) const {
+        if (P::INPUTS == 4) sum = sum * load_up_to(call.scales + column, left);
         return call.bias ? sum + load_up_to(call.bias + column, left) : sum;
-    }
-    Floats finished(Ints sum, int64_t row, int64_t column, int left) const {
-        Ints offsets = left >= LANES ? load_ints(call.offsets + column) : as_ints(load_some((const float*)call.offsets + column, left));
-        Floats scale = load_up_to(call.scales + column, left), extra = splat(0);
-        const Rest* rests = call.rests + row * call.most_rests;
-        for (int j = 0; j < call.rest_counts[row]; j++) {
-            const int8_t* from = call.columns + rests[j].place * call.out_features + column;
-            int8_t part[LANES] = {};
-            if (left < LANES) from = static_cast<int8_t*>(memcpy(part, from, left));
-            extra = fma(to_floats(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from))), splat(rests[j].value), extra);
-        }
-        Floats y = fma(to_floats(sub_int(sum, offsets)), splat(call.row_scales[row]), extra) * scale;
-        return call.bias ? y + load_up_to(call.bias + column, left) : y;
     }
 
     template <class T>
-    void finish(int64_t p, int64_t row, int count, const typename P::Sum sums[ROWS][VECTORS]) const {
+    void finish(int64_t i, int64_t row, int count, const Floats sums[ROWS][VECTORS]) const {
         int64_t width = gated ? call.out_features / 2 : call.out_features;
         for (int r = 0; r < count; r++) {
             T* out = static_cast<T*>(call.out) + (row + r) * width;
             if (gated) {
-                int64_t gate = low(p) * HALF, up = high(p) * HALF;
+                int64_t gate = low(i) * PANEL, up = high(i) * PANEL;
                 for (int c = 0; c < 2; c++, gate += LANES, up += LANES) {
-                    Floats g = finished(sums[r][c], row + r, gate, LANES), u = finished(sums[r][c + 2], row + r, up, LANES);
+                    Floats g = finished(sums[r][c], gate, LANES), u = finished(sums[r][c + 2], up, LANES);
                     store(out + gate, activate(g, call.activation == 1) * u);
                 }
                 continue;
             }
-            int64_t column = p * PANEL;
+            int64_t column = i * 2 * PANEL;
             for (int c = 0; c < VECTORS && column < width; c++, column += LANES) {
                 int left = int(std::min<int64_t>(width - column, LANES));
-                store_up_to(out + column, finished(sums[r][c], row + r, column, left), left);
+                store_up_to(out + column, finished(sums[r][c], column, left), left);
             }
         }
     }
 
-    // What the t-th tile fetches for item `next`: four fetch it all, neighbouring lines together.
-    const char* ahead(int64_t next, int64_t t) const {
-        if (!gated) return half(low(next)) + t * steps * 64;
-        return half(t < 2 ? low(next) : high(next)) + t % 2 * (steps / 2) * STEP;
-    }
+    // The n-th quarter of what item i reads: its tiles before fetch a quarter with each pass over the steps.
+    const char* quarter(int64_t i, int64_t n) const { return panel(n < 2 ? low(i) : high(i)) + n % 2 * steps * 64; }
 
-    // Rows [begin, end) of the outputs of item p, in tiles of nearly equal height.
-    template <bool WHOLE>
-    void run_item(int64_t p, int64_t begin, int64_t end, int64_t next) const {
-        using Multiply = void (*)(const char*, int64_t, const char*, const char*, int64_t, const char*,
-                                  typename P::Sum[ROWS][VECTORS]);
-        static constexpr Multiply variants[ROWS] = {multiply<P, WHOLE, 1>, multiply<P, WHOLE, 2>, multiply<P, WHOLE, 3>,
-                                                    multiply<P, WHOLE, 4>, multiply<P, WHOLE, 5>, multiply<P, WHOLE, 6>};
-        typename P::Sum sums[ROWS][VECTORS];
+    // Rows [begin, end) of the outputs of item i, in tiles of nearly equal height.
+    void run_item(int64_t i, int64_t begin, int64_t end, int64_t next) const {
+        using Multiply = void (*)(const Tile&, Floats[ROWS][VECTORS]);
+        static constexpr Multiply variants[ROWS] = {P::template multiply<1>, P::template multiply<2>, P::template multiply<3>,
+                                                    P::template multiply<4>, P::template multiply<5>, P::template multiply<6>};
+        Floats sums[ROWS][VECTORS];
         int64_t tiles = (end - begin + ROWS - 1) / ROWS;
         for (int64_t t = 0; t < tiles; t++) {
             int64_t row = begin + t * (end - begin) / tiles, count = begin + (t + 1) * (end - begin) / tiles - row;
-            variants[count - 1](static_cast<const char*>(call.x) + row * stride, stride, half(low(p)), half(high(p)), steps,
-                                t < 4 ? ahead(next, t) : half(low(p)), sums);
-            with_type(call.type, [&](auto tag) { finish<decltype(tag)>(p, row, int(count), sums); });
+            Tile tile{x + row * stride, panel(low(i)), panel(high(i)), {}, stride, steps, row_groups + row * groups};
+            for (int n = 0; n < P::PASSES; n++) {
+                int64_t pass = t * P::PASSES + n;
+                tile.ahead[n] = pass < 4 ? quarter(next, pass) : panel(low(i));
+            }
+            variants[count - 1](tile, sums);
+            with_type(call.type, [&](auto tag) { finish<decltype(tag)>(i, row, int(count), sums); });
         }
+    }
+
+    void quantize(int64_t row) const {
+        with_type(call.x_type, [&](auto tag) {
+            const auto* from = static_cast<const decltype(tag)*>(call.x) + row * call.in;
+            int8_t* to = static_cast<int8_t*>(call.scratch) + row * stride;
+            for (int64_t g = 0; g < groups; g++)
+                row_groups[row * groups + g] =
+                    quantize_group(from + g * GROUP, int(std::min<int64_t>(call.in - g * GROUP, GROUP)), to + g * GROUP);
+        });
     }
 
     void run() const {
         int64_t most = std::max<int64_t>(BLOCK_BYTES / stride / ROWS * ROWS, ROWS);
         int64_t blocks = (call.rows + most - 1) / most;
         // Enough items that no thread waits long for another's last one.
-        if (call.threads > 1 && panels * blocks < 8 * call.threads)
-            blocks = std::min((8 * call.threads + panels - 1) / panels, (call.rows + ROWS - 1) / ROWS);
-        int64_t items = panels * blocks;
-        parallel_for(call.threads, items, 1, [&](int64_t i) {
-            int64_t p = i % panels, b = i / panels;
-            int64_t begin = b * call.rows / blocks, end = (b + 1) * call.rows / blocks, next = (p + call.threads) % panels;
-            gated ? run_item<false>(p, begin, end, next) : run_item<true>(p, begin, end, next);
-        });
+        if (call.threads > 1 && items * blocks < 8 * call.threads)
+            blocks = std::min((8 * call.threads + items - 1) / items, (call.rows + ROWS - 1) / ROWS);
+        parallel_phases(
+            call.threads, P::INPUTS == 4 ? call.rows : 0, 8, [&](int64_t row) { quantize(row); }, items * blocks,
+            [&](int64_t n) {
+                int64_t i = n % items, b = n / items;
+                run_item(i, b * call.rows / blocks, (b + 1) * call.rows / blocks, (i + call.threads) % items);
+            });
     }
 };
 
 }  // namespace
 
-// x bf16 [rows, in] (or bytes of it), in a multiple of 2 (4) -> out [rows, out_features]; with an activation
-// [rows, out_features / 2], of the first half (the gates) times the second, out_features a multiple of 64.
+// x [rows, in] -> out [rows, out_features]; with an activation [rows, out_features / 2], of the first half (the gates)
+// times the second, out_features a multiple of 64. x is bf16 and in even, or for bytes of any type and size.
 EXPORTED int batchinfer_multiplies() { return 1; }
 EXPORTED void batchinfer_linear(const Call* call) { Product<Pairs>(*call).run(); }
 EXPORTED void batchinfer_linear_int8(const Call* call) { Product<Fours>(*call).run(); }

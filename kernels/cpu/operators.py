@@ -116,7 +116,7 @@ class CPUOperators:
         """
         in_features = weight.shape[1]
         if quantize == "int8":
-            if self._own_int8 and in_features % 4 == 0:
+            if self._own_int8:
                 return PanelInt8Linear.pack(self._library, weight, bias)
             return Int8Linear.pack(self._library, weight, bias)
         if quantize is not None:

@@ -1,4 +1,4 @@
-"""Matrix products of our own: weights in panels of 64 outputs, in bf16 or int8 (linear.cpp)."""
+"""Matrix products of our own: weights in panels of 32 outputs, in bf16 or int8 (linear.cpp)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import torch
 
 from batchinfer.kernels.cpu.library import TYPES, Library, Product
 from batchinfer.kernels.cpu.pages import huge_pages
-from batchinfer.kernels.cpu.quantized import QuantizedRows, rounded
+from batchinfer.kernels.cpu.quantized import rounded
 
-_PANEL = 64
+_PANEL = 32
+
+# Inputs that are turned together and share a scale: GROUP in rotated.h, and the bytes of a Group there.
+_GROUP, _GROUP_BYTES = 64, 8
 
 _ACTIVATIONS = {None: -1, "silu": 0, "gelu_tanh": 1}
 
@@ -35,101 +38,99 @@ class PanelLinear:
 
     @property
     def gates(self) -> bool:
-        """Whether its gates and its ups both end with a half panel, so that one pass multiplies them."""
-        return self.out_features % _PANEL == 0
+        """Whether its gates and its ups both end with a panel, so that one pass multiplies them."""
+        return self.out_features % (2 * _PANEL) == 0
 
     def apply(self, x: torch.Tensor, kind: str | None, dtype: torch.dtype) -> torch.Tensor:
         """bf16 [T, in] -> [T, out] of ``dtype``; with the activation ``kind``, gated: [T, out / 2]."""
         x = x.contiguous()
         out = x.new_empty(len(x), self.out_features // (1 if kind is None else 2), dtype=dtype)
-        call = _product(self, x, self.panels, self.bias, out, kind)
+        call = _product(self, x, out, kind)
         self.library.linear(ctypes.byref(call))
         return out
 
 
 @dataclass(frozen=True, slots=True)
 class PanelInt8Linear:
-    """An int8 weight in panels, with a scale for each output channel.
+    """An int8 weight in panels, turned by :func:`turned`, each byte 128 more than it stands for.
 
-    ``columns`` int8 [in, out] are for the few inputs that stand out, at most ``rests`` of a row;
-    ``scales`` fp32 [out]; ``offsets`` int32 [out] are the sums of each channel's bytes times the
-    activations' zero point; ``bias`` fp32 [out].
+    ``scales`` fp32 [out], one for each output channel; ``bias`` fp32 [out]. The activations are turned
+    and rounded to bytes in the product's own pass, with a scale for each row's group of 64.
     """
 
     library: Library
     out_features: int
     in_features: int
     panels: torch.Tensor
-    columns: torch.Tensor
-    rests: int
     scales: torch.Tensor
-    offsets: torch.Tensor
     bias: torch.Tensor | None
-
-    # Activations are bytes around 128, at most this far from it.
-    LIMIT = 127
 
     @classmethod
     def pack(cls, library: Library, weight: torch.Tensor, bias: torch.Tensor | None) -> PanelInt8Linear:
-        """Of ``weight`` [out, in], in a multiple of 4, rounded row by row, and ``bias`` [out]."""
-        whole, scales = rounded(weight)
-        offsets = (whole.sum(1, dtype=torch.int32) * (cls.LIMIT + 1)).int()
+        """Of ``weight`` [out, in], turned and rounded row by row, and ``bias`` [out]."""
+        whole, scales = rounded(turned(weight))
+        panels = _panels(whole.view(torch.uint8) ^ 128, 4)
         bias = None if bias is None else bias.float().contiguous()
-        rests = library.most_rests(weight.shape[1])
-        columns = whole.t().contiguous()
-        return cls(
-            library, len(weight), weight.shape[1], _panels(whole, 4), columns, rests, scales, offsets, bias
-        )
+        return cls(library, len(weight), weight.shape[1], panels, scales, bias)
 
     @property
     def gates(self) -> bool:
-        """Whether its gates and its ups both end with a half panel, so that one pass multiplies them."""
-        return self.out_features % _PANEL == 0
+        """Whether its gates and its ups both end with a panel, so that one pass multiplies them."""
+        return self.out_features % (2 * _PANEL) == 0
 
     def apply(self, x: torch.Tensor, kind: str | None, dtype: torch.dtype) -> torch.Tensor:
         """[T, in] -> [T, out] of ``dtype``; with the activation ``kind``, gated: [T, out / 2]."""
-        rows = QuantizedRows.of(self.library, x, self.rests, self.LIMIT)
+        x = x.contiguous()
         out = x.new_empty(len(x), self.out_features // (1 if kind is None else 2), dtype=dtype)
-        call = _product(self, rows.whole, self.panels, self.bias, out, kind)
-        call.scales, call.offsets = self.scales.data_ptr(), self.offsets.data_ptr()
-        call.row_scales, call.rests = rows.scales.data_ptr(), rows.rests.data_ptr()
-        call.rest_counts, call.most_rests = rows.counts.data_ptr(), self.rests
-        call.columns = self.columns.data_ptr()
+        groups = -(-self.in_features // _GROUP)
+        scratch = x.new_empty(len(x) * groups * (_GROUP + _GROUP_BYTES), dtype=torch.uint8)
+        call = _product(self, x, out, kind)
+        call.scales, call.scratch = self.scales.data_ptr(), scratch.data_ptr()
         self.library.linear_int8(ctypes.byref(call))
         return out
 
 
+def turned(weight: torch.Tensor) -> torch.Tensor:
+    """``weight`` [out, in] for activations that rotated.h has turned: fp32 [out, in filled up to 64s].
+
+    Times the inverse of the matrix of (-1)^popcount(i & j), group by group: that matrix over 64.
+    """
+    matrix = torch.ones(1, 1)
+    while len(matrix) < _GROUP:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    wide = torch.nn.functional.pad(weight.float(), (0, -weight.shape[1] % _GROUP))
+    groups = wide.view(len(wide), wide.shape[1] // _GROUP, _GROUP)
+    return (groups @ (matrix / _GROUP)).flatten(1)
+
+
 def _panels(weight: torch.Tensor, inputs: int) -> torch.Tensor:
-    """[out, in] -> [panels, in / inputs, 64, inputs], the last panel filled up with zeros."""
+    """[out, in] -> [panels, in / inputs, 32, inputs], an even number of them, filled up with zeros."""
     out_features, in_features = weight.shape
-    count = -(-out_features // _PANEL)
-    panels = huge_pages((count, in_features // inputs, _PANEL, inputs), weight.dtype)
-    whole = out_features // _PANEL
+    panels = huge_pages(
+        (2 * -(-out_features // (2 * _PANEL)), in_features // inputs, _PANEL, inputs), weight.dtype
+    )
+    whole, left = divmod(out_features, _PANEL)
     grouped = weight.view(out_features, in_features // inputs, inputs)
     panels[:whole] = (
         grouped[: whole * _PANEL].view(whole, _PANEL, in_features // inputs, inputs).transpose(1, 2)
     )
-    if whole < count:
-        panels[whole, :, : out_features - whole * _PANEL] = grouped[whole * _PANEL :].transpose(0, 1)
+    if left:
+        panels[whole, :, :left] = grouped[whole * _PANEL :].transpose(0, 1)
     return panels
 
 
 def _product(
-    weight: PanelLinear | PanelInt8Linear,
-    x: torch.Tensor,
-    panels: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    kind: str | None,
+    weight: PanelLinear | PanelInt8Linear, x: torch.Tensor, out: torch.Tensor, kind: str | None
 ) -> Product:
     return Product(
         x=x.data_ptr(),
-        panels=panels.data_ptr(),
-        bias=None if bias is None else bias.data_ptr(),
+        panels=weight.panels.data_ptr(),
+        bias=None if weight.bias is None else weight.bias.data_ptr(),
         out=out.data_ptr(),
         rows=len(x),
         in_features=weight.in_features,
         out_features=weight.out_features,
+        x_type=TYPES[x.dtype],
         type=TYPES[out.dtype],
         activation=_ACTIVATIONS[kind],
         threads=torch.get_num_threads(),

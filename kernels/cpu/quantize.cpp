@@ -26,7 +26,8 @@ int quantize_row(const T* x, uint8_t* out, float* scale, Rest* rests, int64_t si
         most = maximum(most, absolute(v));
         squares = fma(v, v, squares);
     }
-    float top = std::min(largest(most), OUTLIER * std::sqrt(sum(squares) / float(size)));
+    float spread = OUTLIER * std::sqrt(sum(squares) / float(size));
+    float top = spread > largest(most) ? largest(most) : spread;  // not a number where one of the values is none
     *scale = top / float(limit);
     Floats factor = splat(top > 0 ? float(limit) / top : 0), zero = splat(float(limit + 1)), high = splat(top);
     int count = 0;
