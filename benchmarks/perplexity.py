@@ -1,4 +1,4 @@
-"""What rounding weights costs a model: its perplexity on a fixed text, beside that of the weights as loaded.
+"""What rounding weights costs a model: its perplexity on a fixed text, beside that of the weights kept.
 
     python benchmarks/perplexity.py [--model MODEL] [--operators reference] [--device cpu] [--json]
 
