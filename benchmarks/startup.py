@@ -17,11 +17,12 @@ import sys
 _CHILD = """
 import json, sys, time
 begun = time.perf_counter()
-import torch
-torch_seconds = time.perf_counter()
-from batchinfer.engine.engine import Engine
+from batchinfer.engine.engine import Engine, collection_paused
 from batchinfer.engine.types import SamplingParams
-import batchinfer.engine.load
+with collection_paused():
+    import torch
+    torch_seconds = time.perf_counter()
+    import batchinfer.engine.load
 imported = time.perf_counter()
 engine = Engine(sys.argv[1], **json.loads(sys.argv[2]))
 loaded = time.perf_counter()

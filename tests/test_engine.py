@@ -1,5 +1,6 @@
 """The Engine facade on a fake runner: lists, streams, and a caller's own loop."""
 
+import gc
 import itertools
 import random
 from contextlib import closing
@@ -8,8 +9,8 @@ from dataclasses import replace
 import pytest
 
 from batchinfer.engine.config import EngineConfig
-from batchinfer.engine.engine import Engine
-from batchinfer.engine.types import Completion, Rejection, Request, SamplingParams
+from batchinfer.engine.engine import Engine, collection_paused
+from batchinfer.engine.types import Completion, ModelError, Rejection, Request, SamplingParams
 
 
 @pytest.fixture
@@ -191,3 +192,16 @@ def test_an_unknown_setting_and_one_out_of_range_are_named():
         Engine("model", max_batch_size=3)
     with pytest.raises(ValueError, match="window is 0"):
         Engine("model", window=0)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_collection_is_as_it_was_after_a_model_that_failed_to_load(tmp_path, enabled) -> None:
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with pytest.raises(ModelError), collection_paused():
+            assert not gc.isenabled()
+            Engine(str(tmp_path))
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if before else gc.disable)()
