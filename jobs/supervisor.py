@@ -38,6 +38,7 @@ from batchinfer.jobs.link import (
 from batchinfer.jobs.prometheus import MetricsFile
 from batchinfer.jobs.publisher import Publisher
 from batchinfer.jobs.records import WorkerRecord, WorkerState
+from batchinfer.jobs.silence import Silence
 from batchinfer.jobs.summary import SummaryWriter
 from batchinfer.jobs.suspects import EngineDeath
 from batchinfer.jobs.types import JobError
@@ -141,7 +142,7 @@ class Supervisor:
         """Why it stopped, once it has, where somebody should know."""
         self._link: EngineLink | None = None
         self._inbox: list[FromEngine] = []
-        self._heard = started_ns
+        self._silence = Silence(started_ns, int(pace.lease / 2 * 1e9))
         self._capacity = 0
         self._last_failure = ""
         self._restarts = 0
@@ -208,7 +209,7 @@ class Supervisor:
             if bench.stop is not None:
                 return False
             if not bench.in_engine:
-                self._heard = self._clock.now_ns()
+                self._silence.end(self._clock.now_ns())
             requests = bench.take_requests(self._room())
             drop = bench.in_engine.take_to_drop()
             ask = self._to_ask()
@@ -238,7 +239,7 @@ class Supervisor:
     def _take_inbox(self) -> list[FromEngine]:
         messages, self._inbox = self._inbox, []
         if messages:
-            self._heard = self._clock.now_ns()
+            self._silence.end(self._clock.now_ns())
         return messages
 
     def _handle(self, message: FromEngine) -> None:
@@ -289,7 +290,7 @@ class Supervisor:
         """Whether the engine has work and has said nothing for too long; then it is ended."""
         with self.bench.changed:
             link = self._link
-            silent = self._clock.now_ns() - self._heard
+            silent = self._silence.so_far(self._clock.now_ns())
             stalled = silent > self._pace.stall * 1e9 and bool(self.bench.in_engine) and not self._inbox
         if stalled and link is not None:
             logger.error("the engine made no step for %.0f s: ending it", silent / 1e9)
