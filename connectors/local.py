@@ -78,8 +78,8 @@ class LocalStore:
     def list(self, prefix: str) -> list[ObjectInfo]:
         """See ObjectStore."""
         folder, _, _ = prefix.rpartition("/")
-        found = attempt(lambda: list(_walk(self._path(folder), folder, set())), self._path(prefix))
-        return sorted((info for info in found if info.key.startswith(prefix)), key=lambda info: info.key)
+        found = attempt(lambda: list(_walk(self._path(folder), folder, prefix, set())), self._path(prefix))
+        return sorted(found, key=lambda info: info.key)
 
     def delete(self, key: str) -> None:
         """See ObjectStore."""
@@ -136,8 +136,9 @@ def _sync_folder(folder: str) -> None:
         os.close(descriptor)
 
 
-def _walk(folder: str, key: str, above: set[tuple[int, int]]) -> Iterator[ObjectInfo]:
-    """Files below ``folder``, whose key is ``key``; links are followed, but never in a circle."""
+def _walk(folder: str, key: str, prefix: str, above: set[tuple[int, int]]) -> Iterator[ObjectInfo]:
+    """Files below ``folder``, whose key is ``key``, that begin with ``prefix``; nothing else is looked at.
+    Links are followed, but never in a circle."""
     try:
         status = os.stat(folder)
         entries = list(os.scandir(folder))
@@ -148,9 +149,11 @@ def _walk(folder: str, key: str, above: set[tuple[int, int]]) -> Iterator[Object
         return
     for entry in entries:
         name = f"{key}/{entry.name}" if key else entry.name
+        if not name.startswith(prefix) and not prefix.startswith(f"{name}/"):
+            continue
         try:
             if entry.is_dir():
-                yield from _walk(entry.path, name, above | {identity})
+                yield from _walk(entry.path, name, prefix, above | {identity})
             elif entry.is_file() and not entry.name.endswith(_ASIDE_SUFFIX):
                 yield _info(name, entry.stat())
         except FileNotFoundError:

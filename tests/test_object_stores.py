@@ -381,6 +381,34 @@ def test_local_failures_are_sentences(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_listing_looks_at_no_folder_beside_the_prefix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(tmp_path))
+    keys = ["part-00001", "part-00002", "claims/00001/0001.json", "claims/00102/0001.json", "claimsx/1"]
+    for key in keys:
+        store.put(key, b"x")
+    seen: list[str] = []
+    scandir = os.scandir
+
+    def counted(folder: str) -> Any:
+        seen.append(os.path.relpath(folder, tmp_path))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", counted)
+    for prefix, folders in [
+        ("part-00", ["."]),
+        ("claims/00", ["claims", "claims/00001", "claims/00102"]),
+        ("claims/001", ["claims", "claims/00102"]),
+        ("claims", [".", "claims", "claims/00001", "claims/00102", "claimsx"]),
+    ]:
+        seen.clear()
+        assert [info.key for info in store.list(prefix)] == [
+            key for key in sorted(keys) if key.startswith(prefix)
+        ]
+        assert sorted(seen) == folders
+
+
 def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "out").write_bytes(b"a file")
     for key in ("part", "claims/0"):
