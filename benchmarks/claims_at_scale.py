@@ -30,7 +30,7 @@ from batchinfer.jobs.claims import GLANCES, LEASE_SECONDS, REGION_DIGITS, RENEWA
 from batchinfer.jobs.feeder import Patience
 from batchinfer.jobs.folder import ShardName
 from batchinfer.jobs.parallel import THREADS
-from batchinfer.jobs.records import Bill, Claim, Count, PartFooter, WorkerRecord
+from batchinfer.jobs.records import Bill, Claim, CommittedCount, PartFooter, WorkerRecord
 from batchinfer.jobs.summary import SummaryWriter
 from batchinfer.jobs.supervisor import Pace
 from batchinfer.jobs.workbench import OPEN_SHARDS
@@ -74,7 +74,7 @@ class Folder:
     states: dict[str, WorkerRecord] = field(default_factory=dict)
     summary: bytes | None = None
     done: dict[str, dict[ShardName, ObjectInfo]] = field(default_factory=dict)
-    counted: Count | None = None
+    counted: CommittedCount | None = None
     listed: dict[str, dict[str, dict[int, ObjectInfo]]] = field(default_factory=dict)
     unlisted: deque[tuple[float, ShardName, int]] = field(default_factory=deque)
     requests: Counter[str] = field(default_factory=Counter)
@@ -156,11 +156,11 @@ class Folder:
             info = ObjectInfo(shard.part, 1000, "", self.at)
             self.parts[shard] = self.done.setdefault(_region(shard), {})[shard] = info
 
-    def read_count(self) -> Count | None:
+    def read_count(self) -> CommittedCount | None:
         self.count("read")
         return self.counted
 
-    def write_count(self, count: Count) -> None:
+    def write_count(self, count: CommittedCount) -> None:
         self.count("write")
         self.counted = count
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from batchinfer.jobs.folder import JobFolder, ShardName, new_nonce
-from batchinfer.jobs.records import Claim, Count
+from batchinfer.jobs.records import Claim, CommittedCount
 
 LEASE_SECONDS = 60.0
 RENEWALS_PER_LEASE = 4
@@ -35,7 +35,7 @@ GLANCES = 3
 _POLLS_PER_SECOND = 200.0
 # How long a count of the committed shards serves all workers, in seconds.
 _COUNT_SECONDS = 10.0
-# How many shards one look considers for help; of a job of several regions others look at the next ones.
+# How many shards one look considers for help where there is one region; of several regions it is one each.
 _TO_HELP = 3
 # How many workers an open shard has a place for: its owner, and a helper.
 _PLACES = 2
@@ -118,7 +118,9 @@ class Claims:
         self._looks = 0
         self._glances = 0
         self._found_nothing = False
+        self._held: frozenset[ShardName] = frozenset()
         self._survey: Survey | None = None
+        self._helpable: list[tuple[ShardName, int]] = []
 
     def claim(self, held: Collection[ShardName]) -> Lease | None:
         """A lease on some shard that is not committed, not in ``held``, and free, released or stale.
@@ -130,15 +132,18 @@ class Claims:
             lease = self._claim_from(self._survey.free, held)
             if lease is not None:
                 return lease
-            if self._found_nothing and self._glance():
+            if self._found_nothing and self._held == frozenset(held) and self._glance():
                 return None
+        self._held = frozenset(held)
         now = self._now()
         looks = max(1, _LOOKS_IN_VAIN // self._workers) if self._found_nothing else _LOOKS
         looks = min(looks, len(self._open))
         self._found_nothing = True
+        self._helpable = []
         while looks > 0 and self._open:
             region = self._next_region()
             survey = self._survey = self._look(now, region, held)
+            self._helpable += survey.helpable[: 1 if len(self._open) > 1 else _TO_HELP]
             if survey.free or survey.stale:
                 self._found_nothing = False
             lease = self._claim_from(survey.free, held) or self._claim_from(survey.stale, held)
@@ -169,18 +174,16 @@ class Claims:
         return True
 
     def least_wait(self) -> float:
-        """How long to wait, at least, before the next claim when the last one found nothing: the longer,
-        the more workers there are, so that the store has no more to do for many than for some."""
-        cost = GLANCES + 1 if len(self._open) > 1 else 1
+        """How long to wait, at least, before the next claim when the last one gave nothing: the longer, the
+        more workers there are, so that the store has no more to do for many than for some. Not as long
+        where there was something and others were faster."""
+        cost = GLANCES + 1 if len(self._open) > 1 and self._found_nothing else 1
         return min(self._lease_seconds, cost * self._workers / _POLLS_PER_SECOND)
 
     def helpable(self) -> list[tuple[ShardName, int]]:
-        """Some shards that the last look found in somebody's hands and without a helper, each look's but
-        once; see :meth:`help`."""
-        if self._survey is None:
-            return []
-        most = 1 if len(self._open) > 1 else _TO_HELP
-        some, self._survey.helpable = self._survey.helpable[:most], []
+        """Some shards that the last claim's looks found in somebody's hands and without a helper, each
+        claim's but once; see :meth:`help`."""
+        some, self._helpable = self._helpable, []
         return some
 
     def help(self, shard: ShardName, generation: int) -> Lease | None:
@@ -210,7 +213,7 @@ class Claims:
         in an order by name, which all see alike, so that never more leave than are too many.
 
         Who left or died within the last lease still counts. What that leaves too few are never the owners
-        of open shards, who hold them and stay. Judged after a look, not after a glance.
+        of open shards, who hold them and stay while they live. Judged after a look, not after a glance.
         """
         if self._glances or self._survey is None:
             return False
@@ -241,17 +244,20 @@ class Claims:
         """Learn how many shards are open, of all regions: from what somebody counted of late, or else by
         counting for everybody. Others' word is enough to see that we are too many, not that all is done."""
         count = self._folder.read_count()
-        if count is None or count.round != self._round:
-            count = Count(round=self._round, committed=self._shards - self._known_open(), at=0.0)
-        if now - count.at > _COUNT_SECONDS or count.committed >= self._shards:
-            # Said before it is done, so that the others leave it to us.
-            self._folder.write_count(replace(count, at=now))
+        fresh = count is not None and count.round == self._round and 0 <= now - count.at <= _COUNT_SECONDS
+        if count is None or not fresh or count.committed >= self._shards:
+            # Said before it is done, so that the others leave it to us: what we know, which may be less.
+            self._folder.write_count(self._known_count(now))
             parts = self._folder.committed(self._every)
             for region in list(self._open):
                 self._strike(region, parts)
-            count = replace(count, committed=self._shards - self._known_open(), at=now)
+            count = self._known_count(now)
             self._folder.write_count(count)
         self._counted_open = self._shards - count.committed
+
+    def _known_count(self, now: float) -> CommittedCount:
+        """How many shards we know to be committed."""
+        return CommittedCount(round=self._round, committed=self._shards - self._known_open(), at=now)
 
     def _strike(self, region: str, committed: Collection[ShardName]) -> None:
         """Forget the shards of a region that are committed, and the region with its last one."""

@@ -20,8 +20,8 @@ from batchinfer.connectors.types import ObjectInfo, ObjectStore, TransientStorag
 from batchinfer.jobs.clock import Clock, SystemClock
 from batchinfer.jobs.records import (
     Claim,
+    CommittedCount,
     Control,
-    Count,
     Failure,
     JobRecord,
     PartFooter,
@@ -354,14 +354,15 @@ class JobFolder:
                 "or move that file away"
             ) from error
 
-    def read_count(self) -> Count | None:
-        """How many shards somebody counted as committed of late; None where nobody did."""
+    def read_count(self) -> CommittedCount | None:
+        """How many shards somebody counted as committed of late; None where nobody did, or where what lies
+        there can't be read: nothing depends on it."""
         try:
-            return Count.from_bytes(self.store.get("_batchinfer/committed.json"))
-        except FileNotFoundError:
+            return CommittedCount.from_bytes(self.store.get("_batchinfer/committed.json"))
+        except (FileNotFoundError, ValueError):
             return None
 
-    def write_count(self, count: Count) -> None:
+    def write_count(self, count: CommittedCount) -> None:
         """Tell others how many shards are committed, so that few need to count them."""
         self.store.put("_batchinfer/committed.json", count.to_bytes())
 

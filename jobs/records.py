@@ -132,7 +132,7 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Count:
+class CommittedCount:
     """How many of a round's shards are committed (committed.json), as somebody counted ``at`` a time of the
     store's: as shards stay committed, there are no fewer now. Whoever counts rewrites it."""
 
@@ -145,9 +145,13 @@ class Count:
         return _json(asdict(self))
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Count:
-        """The inverse of :meth:`to_bytes`."""
-        return cls(**json.loads(data))
+    def from_bytes(cls, data: bytes) -> CommittedCount:
+        """The inverse of :meth:`to_bytes`; raises ValueError for what it has not written."""
+        try:
+            values = {name: number + 0 for name, number in json.loads(data).items()}
+            return cls(**values)
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"this is no count of committed shards: {error}") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from batchinfer.jobs.feeder import Patience, helping_pays
 from batchinfer.jobs.folder import JobFolder, ShardName
 from batchinfer.jobs.prediction import WORKER_SECONDS
 from batchinfer.jobs.progress import Progress, ProgressWriter, delete_progress, read_progress
-from batchinfer.jobs.records import Claim, Count, Failure
+from batchinfer.jobs.records import Claim, CommittedCount, Failure
 from batchinfer.jobs.samples import Charge, Finished, Flight, Partial, SampleKey
 from batchinfer.jobs.suspects import Suspicion
 
@@ -373,6 +373,60 @@ def test_one_counts_the_committed_shards_for_all(store: TimedStore) -> None:
     assert lists(store)["part-"] <= 1
 
 
+def test_helpers_are_offered_shards_of_every_region(store: TimedStore) -> None:
+    folder = JobFolder(store)
+    names = [ShardName(0, index, 30) for index in range(30)]
+    for name in names:
+        assert folder.create_claim(name, 1, Claim(worker="owner", nonce="n"))
+    claims = Claims(folder, names, "w", lambda: store.time, region_digits=1)
+    assert claims.claim([]) is None
+    assert sorted(shard.index // 10 for shard, _ in claims.helpable()) == [0, 1, 2]
+    assert claims.helpable() == [], "each is offered once"
+
+
+def test_who_has_just_finished_a_shard_looks_at_once(store: TimedStore) -> None:
+    folder = JobFolder(store)
+    claims = Claims(folder, NAMES, "w", lambda: store.time, hint=0)
+    mine = claims.claim([])
+    assert mine is not None
+    for name in NAMES[1:]:
+        assert folder.create_claim(name, 1, Claim(worker="owner", nonce="n"))
+    assert claims.claim([mine.shard]) is None and claims.claim([mine.shard]) is None
+    store.put(mine.shard.part, b"x")
+    store.time += 61
+    assert claims.claim([]) is not None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"{}", b'{"round": 0, "committed": 40}', b'{"round": 0, "committed": "40", "at": 1}'],
+)
+def test_a_count_that_cannot_be_read_is_made_anew(store: TimedStore, content: bytes) -> None:
+    folder = JobFolder(store)
+    names = [ShardName(0, index, 40) for index in range(40)]
+    store.put("_batchinfer/workers/w.json", b"{}")
+    for name in names:
+        assert folder.create_claim(name, 1, Claim(worker="owner", nonce="n"))
+    claims = Claims(folder, names, "w", lambda: store.time, region_digits=1)
+    assert claims.claim([]) is None
+    store.put("_batchinfer/committed.json", content)
+    assert folder.read_count() is None
+    assert not claims.is_surplus()
+    assert folder.read_count() == CommittedCount(round=0, committed=0, at=store.time)
+
+
+def test_a_count_of_the_future_is_none(store: TimedStore) -> None:
+    folder = JobFolder(store)
+    names = [ShardName(0, index, 40) for index in range(40)]
+    store.put("_batchinfer/workers/w.json", b"{}")
+    for name in names:
+        assert folder.create_claim(name, 1, Claim(worker="owner", nonce="n"))
+    claims = Claims(folder, names, "w", lambda: store.time, region_digits=1)
+    folder.write_count(CommittedCount(round=0, committed=39, at=store.time + 1000))
+    assert claims.claim([]) is None and not claims.is_surplus()
+    assert folder.read_count() == CommittedCount(round=0, committed=0, at=store.time)
+
+
 @pytest.mark.parametrize("true", [True, False])
 def test_nobody_takes_anothers_word_for_it_that_all_is_done(store: TimedStore, true: bool) -> None:
     folder = JobFolder(store)
@@ -384,7 +438,7 @@ def test_nobody_takes_anothers_word_for_it_that_all_is_done(store: TimedStore, t
     assert claims.claim([]) is None
     for name in names if true else names[1:]:
         store.put(name.part, b"x")
-    folder.write_count(Count(round=0, committed=40, at=store.time))
+    folder.write_count(CommittedCount(round=0, committed=40, at=store.time))
     # Not too many either: the next round may have begun.
     assert not claims.is_surplus()
     assert claims.all_committed() is true
@@ -393,13 +447,13 @@ def test_nobody_takes_anothers_word_for_it_that_all_is_done(store: TimedStore, t
 def test_the_count_of_another_round_says_nothing(store: TimedStore) -> None:
     folder = JobFolder(store)
     names = [ShardName(1, index, 40) for index in range(40)]
-    folder.write_count(Count(round=0, committed=40, at=store.time))
+    folder.write_count(CommittedCount(round=0, committed=40, at=store.time))
     store.put("_batchinfer/workers/w.json", b"{}")
     for name in names:
         assert folder.create_claim(name, 1, Claim(worker="owner", nonce="n"))
     claims = Claims(folder, names, "w", lambda: store.time, region_digits=1)
     assert claims.claim([]) is None and not claims.is_surplus()
-    assert folder.read_count() == Count(round=1, committed=0, at=store.time)
+    assert folder.read_count() == CommittedCount(round=1, committed=0, at=store.time)
 
 
 def test_whoever_loses_a_race_goes_on_elsewhere(store: TimedStore) -> None:
