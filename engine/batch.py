@@ -82,11 +82,14 @@ class DeviceRows:
             to_device(values, self._device).long() for values in (plan.rows, plan.num_tokens, plan.starts)
         )
         ends = counts.cumsum(0)
-        offsets = starts - (ends - counts)
         total = plan.total_tokens
-        entry = torch.repeat_interleave(counts, output_size=total)
-        positions = torch.arange(total, device=self._device) + offsets[entry]
-        token_rows = rows[entry]
+        if total == len(plan.rows):  # a token each
+            positions, token_rows = starts, rows
+        else:
+            offsets = starts - (ends - counts)
+            entry = torch.repeat_interleave(counts, output_size=total)
+            positions = torch.arange(total, device=self._device) + offsets[entry]
+            token_rows = rows[entry]
         max_context = int((plan.starts + plan.num_tokens).max())
         attention = AttentionBatch(
             query_starts=torch.cat((ends.new_zeros(1), ends)).int(),

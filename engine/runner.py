@@ -146,6 +146,7 @@ class TorchRunner:
         self._indexes = np.zeros(max_rows, np.int64)
         self._logprobs = np.full(max_rows, -1, np.int64)
         self._prompt_logprobs = np.full(max_rows, -1, np.int64)
+        self._keeps_logits = np.zeros(max_rows, np.bool_)
         threaded = self._device.type == "cpu" and steps_in_flight > 1
         self._worker = ThreadPoolExecutor(1, "batchinfer-steps") if threaded else None
 
@@ -175,6 +176,7 @@ class TorchRunner:
             self._sampler.set_row(new)
             self._prompt_lens[new.row] = new.num_prompt_tokens
             self._indexes[new.row] = new.index
+            self._keeps_logits[new.row] = new.sampling.keeps_logits
             for wanted, width in (
                 (self._logprobs, new.sampling.logprobs),
                 (self._prompt_logprobs, new.sampling.prompt_logprobs),
@@ -227,13 +229,21 @@ class TorchRunner:
             entries = sampled[start : start + _LOGITS_ROWS]
             rows = plan.rows[entries]
             positions = plan.starts[entries] + plan.num_tokens[entries]
-            logits = self._decoder.logits(last[to_device(entries, self._device)])
-            finite.append(logits.amax(-1).isfinite())
+            every = len(entries) == len(last)
+            logits = self._decoder.logits(last if every else last[to_device(entries, self._device)])
+            # On a CPU a logit that is no number or plus infinity is chosen before any other, unless the
+            # sampler masks it: then nothing else needs to be looked at.
+            kept = self._device.type == "cpu" and bool(self._keeps_logits[rows].all())
+            if not kept:
+                finite.append(logits.amax(-1).isfinite())
             wanted = np.flatnonzero(self._logprobs[rows] >= 0)
-            index = to_device(wanted, self._device)
-            # The sampler overwrites the logits; log-probabilities are of the raw ones.
-            raw = logits[index]
+            if len(wanted):
+                # The sampler overwrites the logits; log-probabilities are of the raw ones.
+                index = to_device(wanted, self._device)
+                raw = logits[index]
             chosen = self._sampler.sample(logits, rows, positions, table)
+            if kept:
+                finite.append(logits.gather(1, chosen[:, None])[:, 0].isfinite())
             table[to_device(rows, self._device).long(), to_device(positions, self._device).long()] = (
                 chosen.int()
             )

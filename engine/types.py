@@ -83,6 +83,17 @@ class SamplingParams:
             "null, 0 or more",
         )
 
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether tokens are chosen from the model's logits as they are: nothing is added or masked."""
+        return (
+            not self.logit_bias
+            and self.min_tokens == 0
+            and (self.top_k, self.top_p, self.min_p) == (0, 1.0, 0.0)
+            and self.repetition_penalty == 1.0
+            and (self.presence_penalty, self.frequency_penalty) == (0.0, 0.0)
+        )
+
 
 class TokenLogprobs(NamedTuple):
     """Log-probabilities at one position: the token's own, and the most likely tokens there, best first."""
@@ -179,7 +190,7 @@ class NewRow:
 class StepPlan:
     """What one step computes: some tokens of some rows. There are no phases.
 
-    Entry i computes ``num_tokens[i]`` tokens of device row ``rows[i]`` from position ``starts[i]`` on
+    Entry i computes ``num_tokens[i]`` tokens, 1 or more, of device row ``rows[i]`` from position ``starts[i]`` on
     (all int32, [num_sequences]). The input tokens are read from the row's own token table, where the
     sampler of an earlier step wrote them, so a plan never carries a sampled token. Where
     ``samples[i]`` (bool) is set the logits at the last computed position choose the token at position

@@ -9,6 +9,7 @@ Another engine is used where ``BATCHINFER_ENGINE_FACTORY`` names a function, as 
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import os
@@ -111,6 +112,8 @@ def main() -> None:
     try:
         load = connection.recv()
         engine = load_engine(load)
+        # What is loaded stays: no later collection needs to look through it.
+        gc.freeze()
         connection.send(Ready(load.config.window + load.config.max_sequences))
         serve(connection, engine)
     except (EOFError, ConnectionError):

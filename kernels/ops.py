@@ -178,7 +178,8 @@ class Operators(Protocol):
         -log(-log(u)) with u from word v % 4 of Philox4x32-10 at counter (position, v // 4, 0, 0):
         u = ((word >> 8) + 0.5) / 2**24, so that all implementations draw the same bits. That u has 25
         significant bits: in fp32 the half is lost above 2**23 and u may round to 1, so take the inner
-        logarithm in fp64, or of 1 - u by log1p.
+        logarithm in fp64, or of 1 - u by log1p. On CPUs a logit that is no number is chosen before plus
+        infinity, and that before any other, so that a damaged row shows by its token's logit.
         """
         ...
 

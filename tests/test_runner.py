@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cpu_levels import LEVELS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +22,7 @@ from batchinfer.engine.models.layers import LayerConfig, RopeConfig
 from batchinfer.engine.runner import TorchRunner
 from batchinfer.engine.types import EngineError, NewRow, SamplingParams, StepCosts, StepPlan
 from batchinfer.engine.weights import DummyCheckpoint, WeightReader
+from batchinfer.kernels.ops import operators_for
 from batchinfer.kernels.reference import ReferenceOperators
 
 CPU = torch.device("cpu")
@@ -206,12 +208,24 @@ def test_prompt_logprobs_cover_what_is_inside_the_prompt(monkeypatch: pytest.Mon
     assert found[0].top_ids.dtype == np.int32
 
 
+@pytest.mark.parametrize("operators", ["reference", *(["cpu"] if LEVELS else [])])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(),
+        SamplingParams(temperature=0.7),
+        SamplingParams(temperature=0.7, top_k=3),
+        SamplingParams(min_tokens=1, stop_token_ids=(9,)),
+    ],
+    ids=["greedy", "noisy", "filtered", "masked"],
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_one_logit_that_is_not_finite_names_the_request(
-    value: float, monkeypatch: pytest.MonkeyPatch
+    value: float, sampling: SamplingParams, operators: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = make_runner()
-    prompts = {0: ([1, 2, 3], SamplingParams(), 70), 1: ([4, 5], SamplingParams(), 71)}
+    monkeypatch.setattr(runner._sampler._ops, "sample", operators_for(CPU, operators).sample)
+    prompts = {0: ([1, 2, 3], SamplingParams(), 70), 1: ([4, 5], sampling, 71)}
     whole = runner._decoder.logits
 
     def damaged(hidden: torch.Tensor) -> torch.Tensor:
