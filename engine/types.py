@@ -190,8 +190,8 @@ class NewRow:
 class StepPlan:
     """What one step computes: some tokens of some rows. There are no phases.
 
-    Entry i computes ``num_tokens[i]`` tokens, 1 or more, of device row ``rows[i]`` from position ``starts[i]`` on
-    (all int32, [num_sequences]). The input tokens are read from the row's own token table, where the
+    Entry i computes ``num_tokens[i]`` tokens, 1 or more, of device row ``rows[i]`` from position
+    ``starts[i]`` on (all int32, [num_sequences]). The input tokens are read from the row's own token table, where the
     sampler of an earlier step wrote them, so a plan never carries a sampled token. Where
     ``samples[i]`` (bool) is set the logits at the last computed position choose the token at position
     ``starts[i] + num_tokens[i]``.
