@@ -191,10 +191,10 @@ class StepPlan:
     """What one step computes: some tokens of some rows. There are no phases.
 
     Entry i computes ``num_tokens[i]`` tokens, 1 or more, of device row ``rows[i]`` from position
-    ``starts[i]`` on (all int32, [num_sequences]). The input tokens are read from the row's own token table, where the
-    sampler of an earlier step wrote them, so a plan never carries a sampled token. Where
-    ``samples[i]`` (bool) is set the logits at the last computed position choose the token at position
-    ``starts[i] + num_tokens[i]``.
+    ``starts[i]`` on (all int32, [num_sequences]). The input tokens are read from the row's own token
+    table, where the sampler of an earlier step wrote them, so a plan never carries a sampled token.
+    Where ``samples[i]`` (bool) is set the logits at the last computed position choose the token at
+    position ``starts[i] + num_tokens[i]``.
 
     Before the step, in this order: ``new_rows`` are set up (their block tables emptied), then block
     ``block_ids[j]`` becomes block number ``block_positions[j]`` of row ``block_rows[j]``.
