@@ -9,6 +9,7 @@
 #include "parallel.h"
 #include "product.h"
 #include "schedule.h"
+#include "softmax.h"
 #include "vector.h"
 
 namespace {
@@ -20,18 +21,6 @@ struct Call {
     Schedule* schedule;
     float scale, soft_cap;
     int32_t type, layer, num_heads, window, threads;  // type: of the elements of q and out
-};
-
-// Running softmax of each row: the largest score (times log2 e), the sum of exponentials, the weighted sum of values.
-struct State {
-    float *largest, *sum, *values;
-
-    void clear(int rows, int size) const {
-        std::fill(largest, largest + rows, -INFINITY);
-        std::fill(sum, sum + rows, 0.0f);
-        std::fill(values, values + rows * size, 0.0f);
-    }
-    State from(int row, int size) const { return {largest + row, sum + row, values + row * size}; }
 };
 
 // Memory of one thread, kept between calls.
@@ -47,31 +36,9 @@ struct Scratch {
     }
 };
 
-constexpr float LOG2_E = 1.44269504088896341f;
-
-// What the largest number of a row is rounded to beside int8: sums over 1,024 dimensions or a split stay within 32 bits.
-constexpr float QUERY_MOST = 16383, WEIGHT_MOST = 32767;
-static_assert(int64_t(QUERY_MOST) * 127 * 1024 < INT32_MAX && int64_t(WEIGHT_MOST) * 127 * SPLIT < INT32_MAX);
-
-// Fold the results of one split into the states of up to LANES rows. A split in which a row sees nothing changes
-// nothing; one that comes first is taken over as it is.
-inline void fold(int count, const State& state, const float* largest, const float* sums, const float* values, int size) {
-    Floats before = load_up_to(state.largest, count), here = load_up_to(largest, count);
-    Floats both = maximum(before, here);
-    alignas(64) float keep[LANES], add[LANES], most[LANES];
-    store(keep, power_of_two(before - both));
-    store(add, power_of_two(here - both));
-    store(most, both);
-    for (int r = 0; r < count; r++) {
-        if (largest[r] == -INFINITY) continue;
-        state.largest[r] = most[r];
-        state.sum[r] = state.sum[r] * keep[r] + sums[r] * add[r];
-        Floats a = splat(keep[r]), b = splat(add[r]);
-        float* to = state.values + r * size;
-        const float* from = values + r * size;
-        for (int i = 0; i < size; i += LANES) store(to + i, fma(load(to + i), a, load(from + i) * b));
-    }
-}
+// What the largest number of a query is rounded to beside int8 keys: sums over 1,024 dimensions stay within 32 bits.
+constexpr float QUERY_MOST = 16383;
+static_assert(int64_t(QUERY_MOST) * 127 * 1024 < INT32_MAX);
 
 template <class P>
 struct Attention {
@@ -102,10 +69,15 @@ struct Attention {
                               (int64_t(schedule.tokens[t]) * call.num_heads + head * group + g) * size;
                 Floats inverse = splat(0);
                 if constexpr (WHOLE) {
-                    Floats most = splat(0);
-                    for (int i = 0; i < size; i += LANES) most = maximum(most, absolute(load_up_to(in + i, size - i)));
+                    Floats most = splat(0), poison = splat(0);
+                    for (int i = 0; i < size; i += LANES) {
+                        Floats x = load_up_to(in + i, size - i);
+                        most = maximum(most, absolute(x));
+                        poison = maximum(poison, is_nan(x));
+                    }
                     float top = largest(most);
-                    rows[wide / 2] = top / QUERY_MOST;  // behind the row's numbers
+                    // Behind the row's numbers; rounded they would hide what is not a number.
+                    rows[wide / 2] = largest(poison) > 0 ? NAN : top / QUERY_MOST;
                     inverse = splat(top > 0 ? QUERY_MOST / top : 0);
                 }
                 for (int i = 0; i < wide; i += LANES) {
@@ -119,72 +91,6 @@ struct Attention {
                         store(rows + i, x);
                 }
             }
-    }
-
-    const float* scales(const char* tile) const { return reinterpret_cast<const float*>(tile + scales_at(size)); }
-
-    // Scores of int8 keys from their sums, in place; tiles are the keys of blocks [first, last).
-    void scale_scores(float* scores, const char* const* tiles, int first, int last, float row_scale) const {
-        for (int b = first; b < last; b++)
-            for (int i = 0; i < BLOCK; i += LANES) {
-                float* at = scores + b * BLOCK + i;
-                store(at, to_floats(load_ints(at)) * (load(scales(tiles[b - first]) + i) * splat(row_scale)));
-            }
-    }
-
-    // A row's weights of int8 values as int16: each times its value's scale, the largest as WEIGHT_MOST. Returns what
-    // one of it stands for: not a number where a value's scale is none. tiles are the values of blocks [first, last); weights come in fp32 and go to `out`.
-    float whole_weights(float* weights, float* out, const char* const* tiles, int first, int last) const {
-        Floats most = splat(0), poison = splat(0);
-        for (int b = first; b < last; b++)
-            for (int i = 0; i < BLOCK; i += LANES) {
-                float* at = weights + b * BLOCK + i;
-                Floats w = load(at) * load(scales(tiles[b - first]) + i);
-                store(at, w);
-                most = maximum(most, w);
-                poison = fma(w, splat(0), poison);
-            }
-        float top = largest(most);
-        Floats inverse = splat(top > 0 ? WEIGHT_MOST / top : 0);
-        for (int i = first * BLOCK; i < last * BLOCK; i += LANES)
-            store_words(reinterpret_cast<int16_t*>(out) + i, to_ints(load(weights + i) * inverse));
-        return top / WEIGHT_MOST + sum(poison);
-    }
-
-    // Exponentials of a row's scores in blocks [first, last) of a split, where it sees tokens [low, high): returns the
-    // largest score times log2 e.
-    float softmax(float* scores, float* weights, int first, int last, int low, int high, float* sum_of) const {
-        float factor = call.scale * LOG2_E;
-        Floats most = splat(-INFINITY);
-        if (call.soft_cap > 0) {
-            factor = LOG2_E;
-            Floats scale = splat(call.scale / call.soft_cap), cap = splat(call.soft_cap);
-            for (int i = first * BLOCK; i < last * BLOCK; i += LANES)
-                store(scores + i, cap * hyperbolic_tangent(load(scores + i) * scale));
-        }
-        for (int b = first; b < last; b++) {
-            bool whole = low <= b * BLOCK && high >= (b + 1) * BLOCK;
-            for (int i = b * BLOCK; i < (b + 1) * BLOCK; i += LANES) {
-                Floats s = load(scores + i);
-                if (!whole) {
-                    s = within(s, splat(-INFINITY), add_int(iota(), splat_int(i)), low, high);
-                    store(scores + i, s);
-                }
-                most = maximum(most, s);
-            }
-        }
-        float largest_score = largest(most) * factor;
-        Floats base = splat(largest_score == -INFINITY ? 0 : -largest_score), total = splat(0);
-        for (int i = first * BLOCK; i < last * BLOCK; i += LANES) {
-            Floats p = power_of_two(fma(load(scores + i), splat(factor), base));
-            total = total + p;
-            if constexpr (PAIRS)
-                store(reinterpret_cast<BF16*>(weights) + i, p);
-            else
-                store(weights + i, p);
-        }
-        *sum_of = sum(total);
-        return largest_score;
     }
 
     // The blocks [first, last) of a split that queries at positions bottom to top see something of.
@@ -248,9 +154,10 @@ struct Attention {
             int high = position + 1 - first_token;
             int low = call.window > 0 ? position - call.window + 1 - first_token : 0;
             float *of = scores + r * SPLIT, *to = weights + r * SPLIT;
-            if constexpr (WHOLE) scale_scores(of, tiles, first, last, rows[(begin + r) * wide + wide / 2]);
-            part.largest[r] = softmax(of, WHOLE ? of : to, first, last, low, high, part.sum + r);
-            if constexpr (WHOLE) units[r] = whole_weights(of, to, tiles + used, first, last);
+            if constexpr (WHOLE) scale_scores(of, tiles, size, first, last, rows[(begin + r) * wide + wide / 2]);
+            part.largest[r] = softmax<PAIRS>(of, WHOLE ? of : to, first, last, low, high, call.scale, call.soft_cap,
+                                             part.sum + r);
+            if constexpr (WHOLE) units[r] = whole_weights(of, to, tiles + used, size, first, last);
         }
         int skip = first * BLOCK / (PAIRS || WHOLE ? 2 : 1);
         multiply_values<P>(count, wide / LANES, weights + skip, SPLIT, tiles + used, used, tiles + used + AHEAD,

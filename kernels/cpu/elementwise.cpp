@@ -104,7 +104,7 @@ void turn_head(const T* in, const float* weight, const float* cos, int64_t half,
 constexpr int MOST_SIZE = 1024;  // of a head
 
 // A head as the cache's elements, zeros up to a multiple of 16; for int8 also its scale: the largest
-// magnitude is 127. What is not a number makes the scale none.
+// magnitude is 127. What is not a number makes the scale not a number.
 template <class C>
 struct Stored {
     alignas(64) C elements[MOST_SIZE];
@@ -228,7 +228,8 @@ EXPORTED void batchinfer_gated_activation(int type, const void* gate_up, void* o
 }
 
 // qkv [tokens, (heads + 2 * kv_heads) * size]: queries to q [tokens, heads, size], keys and values to the cache.
-EXPORTED void batchinfer_rotary_and_store(int type, const void* qkv, void* q, const Rotary* rotary, const Cache* kv, int threads) {
+EXPORTED void batchinfer_rotary_and_store(int type, const void* qkv, void* q, const Rotary* rotary, const Cache* kv,
+                                          int threads) {
     with_type(type, [=](auto tag) {
         using T = decltype(tag);
         rotary_and_store((const T*)qkv, (T*)q, *rotary, *kv, threads);

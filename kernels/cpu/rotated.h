@@ -35,7 +35,10 @@ inline void turn(Floats v[4]) {
 template <class T>
 inline Group quantize_group(const T* x, int n, int8_t* out) {
     Floats v[4];
-    for (int i = 0; i < 4; i++) v[i] = n >= GROUP ? load(x + i * LANES) : n > i * LANES ? load_up_to(x + i * LANES, n - i * LANES) : splat(0);
+    for (int i = 0; i < 4; i++) {
+        int left = n - i * LANES;
+        v[i] = n >= GROUP ? load(x + i * LANES) : left > 0 ? load_up_to(x + i * LANES, left) : splat(0);
+    }
     turn(v);
     Floats most = maximum(maximum(absolute(v[0]), absolute(v[1])), maximum(absolute(v[2]), absolute(v[3])));
     float top = largest(most);

@@ -24,6 +24,7 @@ inline Floats splat(float x) { return _mm512_set1_ps(x); }
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+// Of a and b where one is not a number: b.
 inline Floats maximum(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline Floats minimum(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 inline Floats round_to_integer(Floats x) { return _mm512_roundscale_ps(x, 8); }
@@ -109,6 +110,7 @@ inline Floats splat(float x) { return _mm256_set1_ps(x); }
 inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Floats x) { _mm256_storeu_ps(p, x); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+// Of a and b where one is not a number: b.
 inline Floats maximum(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 inline Floats minimum(Floats a, Floats b) { return _mm256_min_ps(a, b); }
 inline Floats round_to_integer(Floats x) { return _mm256_round_ps(x, 8); }
@@ -239,9 +241,9 @@ inline Floats rounded<BF16>(Floats x) {
 #endif
 }
 
-// e^x within 2 units in the last place; 0 below -87.3, the largest finite result above 88.
+// e^x within 2 units in the last place; 0 below -87.3, the largest finite result above 88. A NaN stays a NaN.
 inline Floats exponential(Floats x) {
-    Floats bounded = minimum(maximum(x, splat(-87.3f)), splat(88.0f));
+    Floats bounded = minimum(splat(88.0f), maximum(splat(-87.3f), x));
     Floats n = round_to_integer(bounded * splat(1.44269504088896341f));
     Floats r = fma(n, splat(-0.693359375f), bounded);
     r = fma(n, splat(2.12194440e-4f), r);
@@ -256,9 +258,10 @@ inline Floats exponential(Floats x) {
     return if_less(x, splat(-87.3f), splat(0.0f), p * as_floats(power));
 }
 
-// 2^x within 2 units in the last place; 0 far below the smallest normal number, and for minus infinity. x <= 127.
+// 2^x within 2 units in the last place; 0 far below the smallest normal number, and for minus infinity. x <= 127. A NaN
+// stays a NaN.
 inline Floats power_of_two(Floats x) {
-    Floats bounded = maximum(x, splat(LANES == 16 ? -200.0f : -126.0f));
+    Floats bounded = maximum(splat(LANES == 16 ? -200.0f : -126.0f), x);
     Floats n = round_to_integer(bounded);
     Floats r = bounded - n;
     Floats p = splat(1.535336188319500e-4f);
@@ -276,7 +279,7 @@ inline Floats power_of_two(Floats x) {
 #endif
 }
 
-// tanh(x): an odd polynomial near 0, where the exponential's form would cancel.
+// tanh(x): an odd polynomial near 0, where the exponential's form would cancel. A NaN stays a NaN.
 inline Floats hyperbolic_tangent(Floats x) {
     Floats a = absolute(x), s = x * x;
     Floats p = splat(-5.70498872745e-3f);
