@@ -72,17 +72,18 @@ def load(config: EngineConfig) -> Loaded:
     except (ValueError, KernelsUnavailable) as error:
         raise ModelError(str(error)) from error
     spec = model.kv_spec(_KV_DTYPES[dtype if config.kv_dtype == "auto" else config.kv_dtype])
+    try:
+        ops.allocate_kv(spec, 1, device)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
     context = config.max_context or model.max_context
     decoder = _decoder(config, files, model, ops, device, _DTYPES[dtype], min(context, model.max_context))
     # Before the cache takes what is left: the measurement needs a gigabyte for a moment.
     costs = measure_costs(decoder, spec)
-    try:
-        size = _size_cache(config, model, decoder, ops, spec)
-        # One block more than sequences get: graphs fill up their batches with it.
-        recorder = CudaRecorder() if device.type == "cuda" else None
-        kv = ops.allocate_kv(spec, size.num_blocks + (recorder is not None), device)
-    except ValueError as error:
-        raise ModelError(f"kv_dtype is {config.kv_dtype!r}: {error}") from error
+    size = _size_cache(config, model, decoder, ops, spec)
+    # One block more than sequences get: graphs fill up their batches with it.
+    recorder = CudaRecorder() if device.type == "cuda" else None
+    kv = ops.allocate_kv(spec, size.num_blocks + (recorder is not None), device)
     runner = TorchRunner(
         decoder,
         ops,
@@ -145,7 +146,7 @@ def _decoder(
     try:
         decoder = Decoder(model, reader, ops, max_context, config.quantize)
     except ValueError as error:
-        raise ModelError(f"quantize is {config.quantize!r}: {error}") from error
+        raise ModelError(str(error)) from error
     reader.finish(ignored=("lm_head.weight",) if model.tied_embeddings else ())
     return decoder
 
@@ -174,7 +175,8 @@ def _size_cache(
 def _free_after_peak(
     config: EngineConfig, model: DecoderConfig, decoder: Decoder, ops: Operators, spec: KVSpec
 ) -> int:
-    """Bytes of the GPU that steps leave: its share, less weights, less what steps need at their peak.
+    """Bytes of the GPU that are left for the blocks of sequences: its share, less weights, less what steps
+    need at their peak, less the block that recorded steps fill up their batches with.
 
     Raises ModelError when the largest step does not fit.
     """
@@ -193,8 +195,9 @@ def _free_after_peak(
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"A step of {config.max_batch_tokens} tokens and {config.max_sequences} sequences does not fit "
-            f"into the memory of {device} beside the weights; lower max_batch_tokens or max_sequences."
+            f"into the memory of {device} beside the weights; lower max_batch_tokens, max_sequences or "
+            "max_context."
         ) from error
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    return int(free - needed - total * (1.0 - config.memory_share))
+    return int(free - needed - ops.block_bytes(spec) - total * (1.0 - config.memory_share))

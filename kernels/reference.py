@@ -68,7 +68,10 @@ class ReferenceOperators:
     def allocate_kv(self, spec: KVSpec, num_blocks: int, device: torch.device) -> ReferenceKVCache:
         """Zeroed pages. Raises ValueError for a dtype that they don't keep."""
         if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
-            raise ValueError(f"The reference operators keep no KV cache of {spec.dtype}.")
+            raise ValueError(
+                f"The reference operators keep no KV cache of {spec.dtype}: "
+                "choose kv_dtype auto, bf16 or int8."
+            )
         size = self.block_size(spec)
         shape = (spec.num_layers, num_blocks, size, spec.num_kv_heads, spec.head_size)
         keys, values = (torch.zeros(shape, dtype=spec.dtype, device=device) for _ in range(2))
@@ -88,7 +91,10 @@ class ReferenceOperators:
         if quantize == "int4":
             return pack_int4(weight, bias)
         if quantize is not None:
-            raise ValueError(f"The reference operators can't quantize weights to {quantize}.")
+            raise ValueError(
+                f"The reference operators can't quantize weights to {quantize}: "
+                "choose quantize int8, int4 or fp8."
+            )
         return ReferenceLinear(weight, bias)
 
     def linear(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:

@@ -8,7 +8,7 @@ from cpu_levels import DTYPES, LEVELS, TOLERANCE, threads
 
 from batchinfer.kernels.cpu.operators import CPUOperators, load
 from batchinfer.kernels.cpu.panels import PanelInt8Linear, PanelLinear, turned
-from batchinfer.kernels.ops import PackedLinear
+from batchinfer.kernels.ops import KVSpec, PackedLinear
 from batchinfer.kernels.reference import ReferenceOperators
 
 pytestmark = pytest.mark.skipif(not LEVELS, reason="the CPU has no AVX2")
@@ -175,6 +175,10 @@ def test_int8_products_of_what_is_not_finite_are_not(ops: CPUOperators, value: f
     assert torch.equal(got[others], clean[others])
 
 
-def test_other_quantizations_are_refused_by_name(ops: CPUOperators) -> None:
-    with pytest.raises(ValueError, match="not to int4: choose int8"):
+def test_other_formats_are_refused_by_name(ops: CPUOperators) -> None:
+    with pytest.raises(ValueError, match="to int4: choose quantize int8"):
         ops.pack_linear(torch.zeros(4, 4), None, "int4")
+    with pytest.raises(ValueError, match="choose kv_dtype auto, bf16 or int8"):
+        ops.allocate_kv(KVSpec(1, 1, 16, torch.float8_e4m3fn), 1, torch.device("cpu"))
+    with pytest.raises(ValueError, match="not 7: choose operators reference"):
+        ops.allocate_kv(KVSpec(1, 1, 7, torch.float32), 1, torch.device("cpu"))

@@ -97,8 +97,8 @@ def test_dummy_weights_need_no_weight_files(folder: Path) -> None:
         ({"device": "meta"}, "device is 'meta', but it must be"),
         ({"device": "cuda:99"}, "device is 'cuda:99', but"),
         ({"operators": "triton"}, "operators is 'triton', but cpu runs"),
-        ({"quantize": "int2"}, "quantize is 'int2': The reference operators can't quantize"),
-        ({"kv_dtype": "fp8"}, "kv_dtype is 'fp8': The reference operators keep no KV cache"),
+        ({"quantize": "int2"}, "can't quantize weights to int2: choose quantize int8"),
+        ({"kv_dtype": "fp8"}, "keep no KV cache of torch.float8_e4m3fn: choose kv_dtype auto"),
         ({"max_context": 65}, "max_context is 65, but the model takes between 1 and 64"),
         ({"model": "/nowhere"}, "There is no model at /nowhere"),
     ],
@@ -108,6 +108,12 @@ def test_what_can_not_be_met_is_one_sentence(folder: Path, settings: dict[str, A
         load(config_of(folder, **settings) if "model" not in settings else EngineConfig(**settings))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_cache_that_can_not_be_is_refused_before_weights_are_read(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="choose kv_dtype auto, bf16 or int8"):
+        load(config_of(folder, kv_dtype="fp8"))
 
 
 def test_tied_models_may_hold_their_head_twice(folder: Path) -> None:
@@ -152,9 +158,27 @@ def test_on_a_gpu_the_cache_takes_what_weights_and_the_largest_step_leave(
     spec = model.kv_spec(torch.float32)
     free = loading._free_after_peak(config, model, decoder, ops, spec)
     # Both peaks less their one block of cache; the rows of the device (64 tokens, four blocks) count once.
-    rows = 4 * (config.max_sequences + 1) * (64 + 1 + 4)
-    needed = 200_000 + max(0, 100_000 - rows - ops.block_bytes(spec)) - ops.block_bytes(spec)
-    assert free == 700_000 - needed - 250_000
+    rows, block = 4 * (config.max_sequences + 1) * (64 + 1 + 4), ops.block_bytes(spec)
+    assert block > 0
+    needed = (200_000 - block) + (100_000 - block - rows)
+    # Beside the blocks of sequences there is one that recorded steps fill up their batches with.
+    assert free == 700_000 - needed - block - 250_000
+
+
+def test_a_step_that_does_not_fit_names_all_that_makes_it_large(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: Any, **__: Any) -> int:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(loading, "step_bytes", no_room)
+    config = config_of(folder)
+    files = loading.find_model(config.model)
+    model = loading.decoder_config("m", files.config)
+    ops = loading.operators_for(torch.device("cpu"), "reference")
+    decoder = loading._decoder(config, files, model, ops, torch.device("cpu"), torch.float32, 64)
+    with pytest.raises(ModelError, match="lower max_batch_tokens, max_sequences or max_context"):
+        loading._free_after_peak(config, model, decoder, ops, model.kv_spec(torch.float32))
 
 
 @pytest.mark.gpu

@@ -89,12 +89,18 @@ class CPUOperators:
     def allocate_kv(self, spec: KVSpec, num_blocks: int, device: torch.device) -> CPUKVCache:
         """Zeroed blocks, which take memory as they are first written to: pages of a new mapping.
 
-        Raises ValueError for a dtype that they can't hold.
+        Raises ValueError for a dtype or a head size that they can't hold.
         """
         if spec.dtype not in TYPES:
-            raise ValueError(f"The cpu operators keep no KV cache of {spec.dtype}.")
+            raise ValueError(
+                f"The cpu operators keep no KV cache of {spec.dtype}: choose kv_dtype auto, bf16 or int8; "
+                "fp8 is for GPUs."
+            )
         if spec.head_size % 2 or spec.head_size > 1024:
-            raise ValueError(f"The cpu operators need an even head size up to 1024, not {spec.head_size}.")
+            raise ValueError(
+                f"The cpu operators need an even head size up to 1024, not {spec.head_size}: "
+                "choose operators reference."
+            )
         data = huge_pages((num_blocks * self.block_bytes(spec) // spec.dtype.itemsize,), spec.dtype)
         view = Cache(
             data.data_ptr(),
@@ -111,8 +117,9 @@ class CPUOperators:
     ) -> PanelLinear | PanelInt8Linear | Linear | Int8Linear:
         """A packed copy; fp16, which few CPUs multiply, is kept in fp32.
 
-        ``quantize`` "int8" rounds each row of the weight to 8 bits, and ``linear`` each row of its
-        input. Raises ValueError for another one.
+        ``quantize`` "int8" rounds each row of the weight to 8 bits. ``linear`` then rounds its input
+        too: our own product each 64 numbers of a row, turned, oneDNN's each row (rotated.h and
+        quantize.cpp). Raises ValueError for another ``quantize``.
         """
         in_features = weight.shape[1]
         if quantize == "int8":
@@ -120,7 +127,10 @@ class CPUOperators:
                 return PanelInt8Linear.pack(self._library, weight, bias)
             return Int8Linear.pack(self._library, weight, bias)
         if quantize is not None:
-            raise ValueError(f"the cpu operators quantize weights to int8, not to {quantize}: choose int8.")
+            raise ValueError(
+                f"The cpu operators can't quantize weights to {quantize}: choose quantize int8; "
+                "int4 and fp8 are for GPUs."
+            )
         if self._own_bf16 and weight.dtype == torch.bfloat16 and in_features % 2 == 0:
             return PanelLinear.pack(self._library, weight, bias)
         return Linear.pack(weight, bias)

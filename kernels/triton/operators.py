@@ -68,11 +68,14 @@ class TritonOperators:
     def allocate_kv(self, spec: KVSpec, num_blocks: int, device: torch.device) -> TritonKVCache:
         """Zeroed blocks. Raises ValueError for a dtype that they can't hold on this GPU."""
         if spec.dtype not in (*_PLAIN, _FP8):
-            raise ValueError(f"the triton operators keep no KV cache of {spec.dtype}.")
+            raise ValueError(
+                f"The triton operators keep no KV cache of {spec.dtype}: "
+                "choose kv_dtype auto, bf16 or fp8; int8 is for CPUs."
+            )
         if spec.dtype == _FP8 and self._capability < _FIRST_WITH_FP8:
             raise ValueError(
-                "an fp8 KV cache needs a GPU of compute capability 8.9 or higher, "
-                f"not {self._capability[0]}.{self._capability[1]}."
+                "A KV cache in fp8 needs a GPU of compute capability 8.9 or higher, and this one has "
+                f"{self._capability[0]}.{self._capability[1]}: choose kv_dtype auto or bf16."
             )
         shape = (spec.num_layers, num_blocks, spec.num_kv_heads, BLOCK, spec.head_size)
         keys, values = (torch.zeros(shape, dtype=spec.dtype, device=device) for _ in range(2))
@@ -96,11 +99,14 @@ class TritonOperators:
         if quantize == "int4":
             return pack_int4(weight, bias)
         if quantize != "fp8":
-            raise ValueError(f"the triton operators quantize weights to int8, int4 or fp8, not {quantize}.")
+            raise ValueError(
+                f"The triton operators can't quantize weights to {quantize}: "
+                "choose quantize int8, int4 or fp8."
+            )
         if self._capability < _FIRST_WITH_FP8:
             raise ValueError(
-                "fp8 products need a GPU of compute capability 8.9 or higher, "
-                f"not {self._capability[0]}.{self._capability[1]}."
+                "Weights in fp8 need a GPU of compute capability 8.9 or higher, and this one has "
+                f"{self._capability[0]}.{self._capability[1]}: choose quantize int8 or int4."
             )
         if weight.shape[0] % 16 or weight.shape[1] % 16:
             return ReferenceLinear(weight, bias)
