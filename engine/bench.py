@@ -66,17 +66,16 @@ def shares_of(
 
     ``shared_tokens`` leading tokens of all prompts are the same, and count as read once a step.
     """
-    from batchinfer.engine.roof import RequestSizes, model_sizes, roof, utilization, work_of
+    from batchinfer.engine.roof import RequestSizes, roof, sizes_as_loaded, utilization, work_of
 
     loaded = engine.loaded
-    # Each 128 weights of int4 have a scale of 16 bits and a zero point of 8 beside them; the head is int8.
-    number = {"bf16": 2, "fp16": 2, "fp32": 4, "int8": 1, "fp8": 1, "int4": 67 / 128}
+    number = {"bf16": 2, "fp16": 2, "fp32": 4, "int8": 1, "fp8": 1}
     config = engine.config
-    model = model_sizes(
+    model = sizes_as_loaded(
         loaded.model,
-        number[config.quantize or loaded.dtype],
+        config.quantize,
+        number[loaded.dtype],
         number[loaded.dtype if config.kv_dtype == "auto" else config.kv_dtype],
-        number["int8"] if config.quantize == "int4" else None,
     )
     requests = [
         RequestSizes(c.prompt_tokens, c.cached_tokens, len(c.token_ids), shared_tokens) for c in completions

@@ -34,7 +34,7 @@ class Loaded:
     """A loaded model.
 
     ``dtype`` is the one chosen, ``max_context`` the longest sequence, ``load_seconds`` the time from
-    nothing to here, ``weight_bytes`` and ``kv_bytes`` what weights and cache take.
+    nothing to here, ``kv_bytes`` what the cache takes.
     """
 
     runner: TorchRunner
@@ -46,7 +46,6 @@ class Loaded:
     device: str
     operators: str
     max_context: int
-    weight_bytes: int
     kv_bytes: int
     load_seconds: float
 
@@ -105,7 +104,6 @@ def load(config: EngineConfig) -> Loaded:
         device=str(device),
         operators=ops.name,
         max_context=size.max_context,
-        weight_bytes=int(costs.weight_bytes),
         kv_bytes=size.num_blocks * ops.block_bytes(spec),
         load_seconds=time.perf_counter() - started,
     )

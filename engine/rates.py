@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from batchinfer.engine.models.decoder import Decoder
+from batchinfer.engine.roof import sizes_as_loaded
 from batchinfer.engine.types import StepCosts
 from batchinfer.kernels.ops import KVSpec
 
@@ -21,9 +22,8 @@ def measure_costs(decoder: Decoder, spec: KVSpec) -> StepCosts:
 
     The rates decide only how time is split, never what is computed.
     """
-    config, size = decoder.config, decoder.dtype.itemsize
-    head = config.vocab_size * config.hidden_size
-    embeddings = 0 if config.tied_embeddings else head
+    layers = len(decoder.config.layers)
+    sizes = sizes_as_loaded(decoder.config, decoder.quantize, decoder.dtype.itemsize, spec.dtype.itemsize)
     rows, inner, columns = _PRODUCT[decoder.device.type]
     left = torch.ones(rows, inner, dtype=decoder.dtype, device=decoder.device)
     right = torch.ones(columns, inner, dtype=decoder.dtype, device=decoder.device)
@@ -31,11 +31,11 @@ def measure_costs(decoder: Decoder, spec: KVSpec) -> StepCosts:
     numbers = torch.ones(_READ_BYTES[decoder.device.type] // 4, device=decoder.device)
     read = _best_seconds(numbers.sum, decoder.device)
     return StepCosts(
-        flops_per_token=2.0 * config.layer_parameters,
-        flops_per_sample=2.0 * head,
-        attention_flops=4.0 * config.num_heads * config.head_size * len(config.layers),
-        kv_bytes_per_token=2.0 * spec.num_layers * spec.num_kv_heads * spec.head_size * spec.dtype.itemsize,
-        weight_bytes=float((config.layer_parameters + head + embeddings) * size),
+        flops_per_token=sizes.layer_flops,
+        flops_per_sample=sizes.head_flops,
+        attention_flops=sizes.attention_flops * layers,
+        kv_bytes_per_token=sizes.kv_bytes * layers,
+        weight_bytes=sizes.weight_bytes,
         flops_rate=2.0 * rows * inner * columns / product,
         bytes_rate=4.0 * numbers.numel() / read,
     )

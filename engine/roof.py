@@ -91,6 +91,17 @@ def model_sizes(
     )
 
 
+def sizes_as_loaded(
+    model: DecoderConfig, quantize: str | None, weight_bytes: float, kv_bytes: float
+) -> ModelSizes:
+    """The sizes of ``model`` as its decoder keeps it: weights of ``weight_bytes`` a number where they are
+    not quantized, KV of ``kv_bytes``. Embeddings don't count: a step reads few of their rows."""
+    if quantize == "int4":
+        # Each 128 have a scale of 16 bits and a zero point of 8 beside them; the head is int8.
+        return model_sizes(model, 67 / 128, kv_bytes, 1.0)
+    return model_sizes(model, weight_bytes if quantize is None else 1.0, kv_bytes)
+
+
 def work_of(model: ModelSizes, requests: Iterable[RequestSizes]) -> Work:
     """The least work that completes ``requests``: nothing computed twice, the last token never fed."""
     flops, kv, shared, output = 0.0, 0.0, 0, 0

@@ -88,7 +88,7 @@ class Decoder:
     ) -> None:
         self.config = config
         self._ops = ops
-        self._quantize = quantize
+        self.quantize = quantize
         self._source = source
         self._embeddings = source.weight(
             ["model.embed_tokens.weight"], [config.vocab_size], config.hidden_size
@@ -186,7 +186,7 @@ class Decoder:
     def _load_linear(self, names: list[str], sizes: list[int], columns: int, bias: bool) -> PackedLinear:
         weight = self._source.weight([f"{name}.weight" for name in names], sizes, columns)
         biases = self._source.weight([f"{name}.bias" for name in names], sizes, None) if bias else None
-        return self._ops.pack_linear(weight, biases, self._quantize)
+        return self._ops.pack_linear(weight, biases, self.quantize)
 
     def _load_norm(self, name: str, size: int) -> torch.Tensor:
         return self._source.norm(f"{name}.weight", size, self.config.norm_offset)
