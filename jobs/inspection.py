@@ -110,8 +110,13 @@ def token_decoder(spec: JobSpec) -> tuple[Callable[[int], bytes], frozenset[int]
 
 
 def _check_formats(spec: JobSpec, num_kv_heads: int, head_size: int) -> None:
-    """Try the spec's quantization and KV dtype on this machine, whose workers the local backend starts."""
+    """Refuse a quantization or a KV dtype that the workers can't do.
+
+    Those of the local backend run on this machine, so here it is tried; of others it's known whether they
+    have GPUs.
+    """
     if spec.workers.backend != "local":
+        _check_elsewhere(spec)
         return
     if spec.model.quantize is None and spec.model.kv_dtype in ("auto", "bf16"):
         return
@@ -138,3 +143,23 @@ def _check_formats(spec: JobSpec, num_kv_heads: int, head_size: int) -> None:
         raise JobError(
             f"model.kv_dtype is {spec.model.kv_dtype!r}, but here it can't be: {error}"
         ) from error
+
+
+def _check_elsewhere(spec: JobSpec) -> None:
+    """Refuse what no worker with (or without) GPUs can do, wherever it runs."""
+    gpus, quantize, kv_dtype = spec.workers.gpus, spec.model.quantize, spec.model.kv_dtype
+    if gpus and kv_dtype == "int8":
+        raise JobError(
+            f"model.kv_dtype is 'int8', which CPUs have and GPUs don't, but workers.gpus is {gpus}: "
+            "choose auto, bf16 or fp8"
+        )
+    if not gpus and kv_dtype == "fp8":
+        raise JobError(
+            "model.kv_dtype is 'fp8', which GPUs have and CPUs don't, but workers.gpus is 0: "
+            "choose auto, bf16 or int8"
+        )
+    if not gpus and quantize in ("int4", "fp8"):
+        raise JobError(
+            f"model.quantize is {quantize!r}, which GPUs have and CPUs don't, but workers.gpus is 0: "
+            "choose int8 or leave it out"
+        )

@@ -252,12 +252,39 @@ def test_the_documentation_has_every_option_and_every_example() -> None:
         assert yaml.safe_load(path.read_text())["workers"]["backend"] == path.stem
 
 
-def test_formats_are_tried_here_only_for_workers_of_this_machine() -> None:
-    asked = {**ADDRESSES, "model": {"source": "org/model", "kv_dtype": "fp8"}}
-    for backend in ("local", "slurm"):
-        spec = parse_spec({**asked, "workers": {"gpus": 0, "backend": backend}})
-        if backend == "local":
-            with pytest.raises(JobError, match=r"model\.kv_dtype is 'fp8'"):
-                _check_formats(spec, 2, 64)
-        else:
-            _check_formats(spec, 2, 64)
+def formats(backend: str, gpus: int, **model: str) -> None:
+    asked = {**ADDRESSES, "model": {"source": "org/model", **model}}
+    _check_formats(parse_spec({**asked, "workers": {"gpus": gpus, "backend": backend}}), 2, 64)
+
+
+def test_formats_are_tried_here_for_workers_of_this_machine() -> None:
+    with pytest.raises(
+        JobError, match=r"model\.kv_dtype is 'fp8', but here it can't be: .*choose kv_dtype"
+    ):
+        formats("local", 0, kv_dtype="fp8")
+    with pytest.raises(
+        JobError, match=r"model\.quantize is 'int4', but here it can't be: .*choose quantize"
+    ):
+        formats("local", 0, quantize="int4")
+    formats("local", 0, kv_dtype="int8", quantize="int8")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "model", "remedy"),
+    [
+        (1, {"kv_dtype": "int8"}, "workers.gpus is 1: choose auto, bf16 or fp8"),
+        (0, {"kv_dtype": "fp8"}, "workers.gpus is 0: choose auto, bf16 or int8"),
+        (0, {"quantize": "int4"}, "workers.gpus is 0: choose int8 or leave it out"),
+        (0, {"quantize": "fp8"}, "workers.gpus is 0: choose int8 or leave it out"),
+    ],
+)
+def test_formats_that_workers_elsewhere_lack_are_refused(
+    gpus: int, model: dict[str, str], remedy: str
+) -> None:
+    [(field, value)] = model.items()
+    for backend in ("slurm", "kubernetes", "aws_batch", "gcp_batch", "ray"):
+        with pytest.raises(JobError, match=f"^model.{field} is '{value}', which .*{remedy}$"):
+            formats(backend, gpus, **model)
+        formats(backend, 1 - gpus, **model)
+    formats("slurm", 0, quantize="int8", kv_dtype="int8")
+    formats("slurm", 2, quantize="int8", kv_dtype="fp8")
