@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,11 +33,23 @@ CONFIG = DecoderConfig(
     num_heads=6,
     num_kv_heads=2,
     head_size=16,
-    layers=(LayerConfig(0, ROPE), LayerConfig(40, ROPE), LayerConfig(0, ROPE)),
+    layers=(LayerConfig(0, ROPE), LayerConfig(0, ROPE), LayerConfig(40, ROPE)),
     max_context=256,
     rms_eps=1e-5,
     activation="silu",
     attention_scale=0.25,
+)
+
+
+# All that a layer can have: norms behind its blocks and of its heads, biases, soft caps.
+FULL = replace(
+    CONFIG,
+    post_norms=True,
+    qk_norms=True,
+    qkv_bias=True,
+    attention_soft_cap=8.0,
+    final_soft_cap=20.0,
+    activation="gelu_tanh",
 )
 
 
@@ -48,8 +61,8 @@ class Weights(DummyCheckpoint):
         return tensor if len(shape) == 1 else tensor * 12
 
 
-def decoder_of(ops: Operators, dtype: torch.dtype) -> Decoder:
-    return Decoder(CONFIG, WeightReader("m", Weights(), dtype, CPU), ops, CONFIG.max_context)
+def decoder_of(ops: Operators, dtype: torch.dtype, config: DecoderConfig = CONFIG) -> Decoder:
+    return Decoder(config, WeightReader("m", Weights(), dtype, CPU), ops, config.max_context)
 
 
 def engine_of(kv_dtype: torch.dtype, num_blocks: int, **settings: Any) -> Engine:
@@ -110,13 +123,19 @@ def test_tokens_do_not_depend_on_how_steps_are_cut(kv_dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [load, ReferenceOperators])
-def test_of_the_last_layer_only_what_is_asked_for_is_computed(make: Any, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("config", "kv_dtype"), [(CONFIG, None), (FULL, torch.int8)], ids=["plain", "full-int8"]
+)
+def test_of_the_last_layer_only_what_is_asked_for_is_computed(
+    config: DecoderConfig, kv_dtype: torch.dtype | None, make: Any, dtype: torch.dtype
+) -> None:
     if make is load and not levels(FLAGS):
         pytest.skip("the CPU has no AVX2")
     ops = make()
-    decoder = decoder_of(ops, dtype)
+    decoder = decoder_of(ops, dtype, config)
     counts = [1, 40, 7, 1, 90]
-    block = ops.block_size(CONFIG.kv_spec(dtype))
+    spec = config.kv_spec(kv_dtype or dtype)
+    block = ops.block_size(spec)
     width = -(-max(counts) // block)
     tables = torch.arange(len(counts) * width, dtype=torch.int32).view(len(counts), width)
     positions = torch.cat([torch.arange(n) for n in counts])
@@ -132,9 +151,9 @@ def test_of_the_last_layer_only_what_is_asked_for_is_computed(make: Any, dtype: 
         max_context=max(counts),
     )
     tokens = torch.randint(
-        0, CONFIG.vocab_size, (len(positions),), generator=torch.Generator().manual_seed(0)
+        0, config.vocab_size, (len(positions),), generator=torch.Generator().manual_seed(0)
     )
-    caches = [ops.allocate_kv(CONFIG.kv_spec(dtype), tables.numel(), CPU) for _ in range(2)]
+    caches = [ops.allocate_kv(spec, tables.numel(), CPU) for _ in range(2)]
     whole = decoder.forward(tokens, batch, caches[0])
     last = decoder.forward(tokens, batch, caches[1], ends - 1)
     close = 1e-5 if dtype == torch.float32 else 3e-2
