@@ -183,18 +183,19 @@ class TorchRunner:
             ):
                 wanted[new.row] = -1 if width is None else min(width, self._decoder.config.vocab_size)
         self._rows.update(plan)
+        scored = self._scored(plan)
         if self._graphs is not None and self._graphs.takes(plan):
             hidden = last = self._graphs.forward(plan)
         else:
             inputs = self._rows.inputs(plan)
-            if (self._prompt_logprobs[plan.rows] >= 0).any():
+            if scored.any():
                 hidden = self._decoder.forward(inputs.tokens, inputs.attention, self._kv)
                 last = hidden[inputs.last]
             else:
                 hidden = last = self._decoder.forward(
                     inputs.tokens, inputs.attention, self._kv, inputs.last
                 )
-        prompt_logprobs = self._score_prompts(plan, hidden)
+        prompt_logprobs = self._score_prompts(plan, scored, hidden)
         sampled = np.flatnonzero(plan.samples)
         tokens, finite, logprobs = self._sample(plan, sampled, last)
         indexes = self._indexes[plan.rows[sampled]]
@@ -256,16 +257,22 @@ class TorchRunner:
             return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool), []
         return self._to_host(torch.cat(tokens)), self._to_host(torch.cat(finite)), logprobs
 
-    def _score_prompts(self, plan: StepPlan, hidden: torch.Tensor) -> dict[int, _Scores]:
-        """Log-probabilities of the prompt tokens that follow those just computed, by entry."""
-        asking = np.flatnonzero(self._prompt_logprobs[plan.rows] >= 0)
+    def _scored(self, plan: StepPlan) -> npt.NDArray[np.int64]:
+        """Of how many tokens of each entry the following prompt token is to be scored."""
+        inside = np.minimum(plan.num_tokens, self._prompt_lens[plan.rows] - 1 - plan.starts)
+        return np.where(self._prompt_logprobs[plan.rows] >= 0, inside.clip(0), 0)
+
+    def _score_prompts(
+        self, plan: StepPlan, scored: npt.NDArray[np.int64], hidden: torch.Tensor
+    ) -> dict[int, _Scores]:
+        """Log-probabilities of the prompt tokens that follow those just computed, by entry.
+
+        ``hidden`` [T, H] where any are ``scored``.
+        """
         ends = plan.num_tokens.cumsum()
         found: dict[int, _Scores] = {}
-        for entry in asking:
-            row, start = int(plan.rows[entry]), int(plan.starts[entry])
-            count = min(int(plan.num_tokens[entry]), int(self._prompt_lens[row]) - 1 - start)
-            if count <= 0:
-                continue
+        for entry in np.flatnonzero(scored):
+            row, start, count = int(plan.rows[entry]), int(plan.starts[entry]), int(scored[entry])
             first = int(ends[entry]) - int(plan.num_tokens[entry])
             parts = []
             for at in range(0, count, _LOGITS_ROWS):

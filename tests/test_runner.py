@@ -208,6 +208,38 @@ def test_prompt_logprobs_cover_what_is_inside_the_prompt(monkeypatch: pytest.Mon
     assert found[0].top_ids.dtype == np.int32
 
 
+def test_prompt_logprobs_cost_other_steps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = {0: prompt_of(9, 1), 1: prompt_of(12, 2)}
+    runner, trimmed = make_runner(), []
+    forward = runner._decoder.forward
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        trimmed.append(len(arguments) == 4)
+        return forward(*arguments)
+
+    monkeypatch.setattr(runner._decoder, "forward", watched)
+    tokens = []
+    for index, (entries, samples) in enumerate(
+        [
+            ([(0, 5, 0)], [False]),
+            ([(0, 4, 5)], [True]),
+            # The first one decodes while the second one's prompt is computed.
+            ([(0, 1, 9), (1, 7, 0)], [True, False]),
+            ([(0, 1, 10), (1, 5, 7)], [True, True]),
+        ]
+    ):
+        new = {0: (prompts[0], SamplingParams(prompt_logprobs=1), 0)} if index == 0 else None
+        if index == 2:
+            new = {1: (prompts[1], SamplingParams(), 1)}
+        result = runner.launch(plan_of(entries, samples, new, index)).result()
+        assert len(result.prompt_logprobs) == (index < 2)
+        tokens.append(result.tokens.tolist())
+    assert trimmed == [False, False, True, True]
+    answer = [*prompts[0], *(step[0] for step in tokens[1:])]
+    assert answer[9:] == [int(logits_of(answer[:n])[-1].argmax()) for n in (9, 10, 11)]
+    assert tokens[3][1] == int(logits_of(prompts[1])[-1].argmax())
+
+
 @pytest.mark.parametrize("operators", ["reference", *(["cpu"] if LEVELS else [])])
 @pytest.mark.parametrize(
     "sampling",
