@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from batchinfer.jobs.commit import take_rows
 from batchinfer.jobs.folder import ShardName
 from batchinfer.jobs.progress import News, Progress, ProgressReader, ProgressWriter
 from batchinfer.jobs.records import Failure
-from batchinfer.jobs.samples import NOTHING, Finished, Flight, Partial, SampleKey, charges_after
+from batchinfer.jobs.samples import NOTHING, Charge, Finished, Flight, Partial, SampleKey, charges_after
 from batchinfer.jobs.suspects import UNSUSPECTED, Suspicion
 from batchinfer.jobs.types import Shard
 
@@ -27,6 +27,9 @@ class OpenShard:
     last snapshot said. ``sent`` is the same as the present engine got it, the base of its charges.
     ``inputs`` holds the values of rows that wait for an answer, for the failures that may come.
     ``suspicion`` is what earlier owners held against rows.
+
+    Where this worker had the shard before and lost it, what it saved of unfinished samples became waste of
+    its bill then. It may resume them, but must not call the same nanoseconds waste again.
 
     A shard is ``shared`` once its owner and its helper both work on it: ``elsewhere`` are the rows that
     the other one's engine has begun, ``aside`` requests for such rows, which we do not begin as well.
@@ -59,12 +62,17 @@ class OpenShard:
         self._batches: list[pa.RecordBatch] = []
         self._indexes: list[pa.Array] = []
         self._counts: dict[int, int] = {}
+        self._worker = lease.claim.worker
+        self._lost_before: dict[SampleKey, int] = {}
 
     def load(self, progress: Progress, reader: ProgressReader) -> None:
         """Begin with what others saved; to be called before any row is read. ``reader`` then follows
         what they save from now on."""
         self.samples, self.failures = progress.samples, progress.failures
         self.partials = progress.partials
+        self._lost_before = {
+            key: _charged(partial.charges, self._worker) for key, partial in self.partials.items()
+        }
         self.suspicion = progress.suspicion
         for key in self.samples:
             self._counts[key.row] = self._counts.get(key.row, 0) + 1
@@ -182,19 +190,21 @@ class OpenShard:
         return samples, failures, flight
 
     def own_charges(self, row: int, worker: str) -> int:
-        """Nanoseconds that ``worker`` charged to what is finished and in flight of a row."""
-        keys = [SampleKey(row, sample) for sample in range(self.n)]
-        charges = [charge for key in keys if key in self.samples for charge in self.samples[key].charges]
-        charges += [charge for key in keys if key in self.partials for charge in self.partials[key].charges]
-        return sum(charge.nanoseconds for charge in charges if charge.worker == worker)
+        """Nanoseconds that ``worker`` charged to what is finished and in flight of a row, and that are no
+        waste yet."""
+        total = 0
+        for key in (SampleKey(row, sample) for sample in range(self.n)):
+            known = self.samples.get(key) or self.partials.get(key)
+            if known is not None:
+                total += _charged(known.charges, worker) - self._lost_before.get(key, 0)
+        return total
 
     def own_unpublished(self, worker: str) -> int:
-        """Nanoseconds that ``worker`` charged to finished samples which nobody else can know of."""
+        """Nanoseconds that ``worker`` charged to finished samples which nobody else can know of, and that
+        are no waste yet."""
         return sum(
-            charge.nanoseconds
+            _charged(sample.charges, worker) - self._lost_before.get(sample.key, 0)
             for sample in self.unpublished
-            for charge in sample.charges
-            if charge.worker == worker
         )
 
     def own_in_flight(self) -> int:
@@ -224,3 +234,8 @@ class OpenShard:
             assert sum(charge.prefill_ns for charge in sample.charges) == done.prefill_ns
             assert sum(charge.decode_ns for charge in sample.charges) == done.decode_ns
             assert sum(charge.tokens for charge in sample.charges) == len(done.token_ids)
+
+
+def _charged(charges: Iterable[Charge], worker: str) -> int:
+    """Nanoseconds of the charges that are ``worker``'s."""
+    return sum(charge.nanoseconds for charge in charges if charge.worker == worker)

@@ -9,14 +9,15 @@ from hypothesis import strategies as st
 
 from batchinfer.connectors.storage import open_store
 from batchinfer.connectors.types import InputFile, Split
-from batchinfer.engine.types import Request
+from batchinfer.engine.types import Completion, Decoded, Request
 from batchinfer.jobs.claims import Lease
 from batchinfer.jobs.clock import SystemClock
 from batchinfer.jobs.cost import Ledger
 from batchinfer.jobs.folder import JobFolder, ShardName
 from batchinfer.jobs.open_shard import OpenShard
-from batchinfer.jobs.progress import ProgressWriter
+from batchinfer.jobs.progress import Progress, ProgressReader, ProgressWriter
 from batchinfer.jobs.records import Claim
+from batchinfer.jobs.samples import Charge, Partial, SampleKey
 from batchinfer.jobs.suspects import EngineDeath, Suspicion
 from batchinfer.jobs.types import Shard
 from batchinfer.jobs.workbench import Workbench
@@ -89,3 +90,22 @@ def test_engines_that_always_die_leave_every_row_in_one_group(
         engine_dies(bench)
         bench.check()
     assert tried == set(range(ROWS)) - elsewhere
+
+
+def test_what_was_lost_with_a_shard_is_not_lost_again_when_it_is_resumed() -> None:
+    """A worker that reclaims a shard goes on from what it had saved itself, which is waste since then."""
+    bench = a_bench(Suspicion(), frozenset())
+    [shard] = bench.open.values()
+    own, others = Charge("w", None, 100, 10, 1), Charge("v", None, 40, 4, 1)
+    saved = {
+        SampleKey(0, 0): Partial(Decoded((7,), (10,), 100), (own,)),
+        SampleKey(1, 0): Partial(Decoded((7,), (4,), 40), (others,)),
+    }
+    folder = JobFolder(open_store("memory://workbench"))
+    shard.load(Progress(partials=dict(saved)), ProgressReader(folder, shard.name, "w", set()))
+    assert shard.own_charges(0, "w") == 0
+    assert taken(bench, 2) == [0, 1]
+    for row, (prefill_ns, first_ns) in enumerate([(100, 10), (40, 4)]):
+        shard.finish(Completion(row, 0, "", (7, 8), "stop", 5, 0, prefill_ns, (first_ns, 25)), "w", None)
+    assert shard.own_charges(0, "w") == shard.own_charges(1, "w") == 25
+    assert shard.own_unpublished("w") == 2 * 25
