@@ -214,8 +214,11 @@ def test_two_workers_share_the_shards(make_job: MakeJob) -> None:
     job.check()
     workers = {job.folder.read_footer(shard).worker for shard in job.folder.committed()}
     assert len(workers) == 2
-    assert all(record.bill.waste == 0 for record in job.heartbeats())
-    assert max(job.decoded().values()) == 1
+    # Where one helped the other at the end both may have begun a row; nothing else is decoded twice.
+    _, helpers = job.folder.list_leases("")
+    repeated = {int(key.split()[0]) // 10 for key, count in job.decoded().items() if count > 1}
+    assert repeated <= {int(label) for label in helpers}
+    assert helpers or all(record.bill.waste == 0 for record in job.heartbeats())
 
 
 def test_an_idle_worker_helps_with_the_last_shard(make_job: MakeJob) -> None:
