@@ -38,7 +38,7 @@ from batchinfer.jobs.rounds import FailedRow, cut_round
 from batchinfer.jobs.throughput import Rates
 from batchinfer.jobs.types import JobError
 
-HOSTILE = "</pre></style><script>alert(1)</script><img src=http://evil.example/x onerror=alert(1)>{{ 7*7 }}"
+HOSTILE = "</pre></style><script>alert(1)</script><img src=http://evil.example/x onerror=alert(1)>{{ 7777*7777 }}"
 VOID = {"meta", "link", "br", "img", "input", "hr", "base"}
 
 
@@ -234,7 +234,7 @@ def test_hostile_text_is_text(uri: str) -> None:
     job.beat("a", host=HOSTILE, state="failed", exit_code=78, message=HOSTILE)
     text = check_page(page_of(job))
     assert text.count("<script>alert(1)</script>") >= 5
-    assert "{{ 7*7 }}" in text and "49" not in text
+    assert "{{ 7777*7777 }}" in text and "60481729" not in text
 
 
 def test_a_long_input_is_cut(uri: str) -> None:
