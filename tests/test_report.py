@@ -38,7 +38,9 @@ from batchinfer.jobs.rounds import FailedRow, cut_round
 from batchinfer.jobs.throughput import Rates
 from batchinfer.jobs.types import JobError
 
-HOSTILE = "</pre></style><script>alert(1)</script><img src=http://evil.example/x onerror=alert(1)>{{ 7777*7777 }}"
+HOSTILE = (
+    "</pre></style><script>alert(1)</script><img src=http://evil.example/x onerror=alert(1)>{{ 7777*7777 }}"
+)
 VOID = {"meta", "link", "br", "img", "input", "hr", "base"}
 
 
