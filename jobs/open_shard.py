@@ -111,7 +111,7 @@ class OpenShard:
         self._indexes.append(pa.array(indexes, pa.int64()))
         self.rows_read += len(indexes) + unreadable
 
-    def finish(self, done: Completion, worker: str, usd_per_hour: float | None) -> int:
+    def finish(self, done: Completion, usd_per_hour: float | None) -> int:
         """Take a finished sample; returns the nanoseconds that its engine charged to it."""
         key = SampleKey(done.index, done.sample_index)
         base = self.sent.pop(key, NOTHING)
@@ -119,7 +119,7 @@ class OpenShard:
         self.partials.pop(key, None)
         if key in self.samples or key.row in self.failures:
             return own
-        charges = charges_after(base, worker, usd_per_hour, done.prefill_ns, done.token_ns)
+        charges = charges_after(base, self._worker, usd_per_hour, done.prefill_ns, done.token_ns)
         finished = Finished(done, charges)
         self.samples[key] = finished
         self.unpublished.append(finished)
@@ -169,16 +169,16 @@ class OpenShard:
         self.failures[row] = failure
         self.settled += 1
 
-    def own_partials(self, worker: str) -> dict[SampleKey, Partial]:
-        """Samples in flight that ``worker`` decoded something of."""
+    def own_partials(self) -> dict[SampleKey, Partial]:
+        """Samples in flight that this worker decoded something of."""
         return {
             key: partial
             for key, partial in self.partials.items()
-            if partial.charges and partial.charges[-1].worker == worker
+            if partial.charges and partial.charges[-1].worker == self._worker
         }
 
     def take_news(
-        self, worker: str, running: frozenset[int], suspicion: Suspicion
+        self, running: frozenset[int], suspicion: Suspicion
     ) -> tuple[list[Finished], list[Failure], Flight]:
         """What is to be published: samples and failures since the last call, and what is in flight;
         ``running`` rows are in the engine, ``suspicion`` is held against rows of this shard."""
@@ -186,24 +186,24 @@ class OpenShard:
         failures, self.unpublished_failures = self.unpublished_failures, []
         self.unpublished_bytes = 0
         begun = frozenset(key.row for key in self.partials) & running
-        flight = Flight(self.own_partials(worker), begun, self.suspicion.merged(suspicion))
+        flight = Flight(self.own_partials(), begun, self.suspicion.merged(suspicion))
         return samples, failures, flight
 
-    def own_charges(self, row: int, worker: str) -> int:
-        """Nanoseconds that ``worker`` charged to what is finished and in flight of a row, and that are no
+    def own_charges(self, row: int) -> int:
+        """Nanoseconds that this worker charged to what is finished and in flight of a row, and that are no
         waste yet."""
         total = 0
         for key in (SampleKey(row, sample) for sample in range(self.n)):
             known = self.samples.get(key) or self.partials.get(key)
             if known is not None:
-                total += _charged(known.charges, worker) - self._lost_before.get(key, 0)
+                total += _charged(known.charges, self._worker) - self._lost_before.get(key, 0)
         return total
 
-    def own_unpublished(self, worker: str) -> int:
-        """Nanoseconds that ``worker`` charged to finished samples which nobody else can know of, and that
-        are no waste yet."""
+    def own_unpublished(self) -> int:
+        """Nanoseconds that this worker charged to finished samples which nobody else can know of, and
+        that are no waste yet."""
         return sum(
-            _charged(sample.charges, worker) - self._lost_before.get(sample.key, 0)
+            _charged(sample.charges, self._worker) - self._lost_before.get(sample.key, 0)
             for sample in self.unpublished
         )
 

@@ -172,7 +172,7 @@ class Workbench:
                 row.request.index for row in rows if row.request.index not in row.shard.aside
             )
             found = [
-                (shard, *shard.take_news(self._worker, running, self.suspects.of(shard.has_row)))
+                (shard, *shard.take_news(running, self.suspects.of(shard.has_row)))
                 for shard in self.open.values()
             ]
             return [news for news in found if any(news[1:]) or news[0].writer.said_in_flight]
@@ -264,7 +264,7 @@ class Workbench:
                     self._fail(shard, Failure(row, item.code, item.message, 1, values))
                     self._row_settled(shard, row)
                 continue
-            own = shard.finish(item, self._worker, self._usd_per_hour)
+            own = shard.finish(item, self._usd_per_hour)
             self._engine_kept += own
             if shard.lease is None or item.sample_index not in missing:
                 # Somebody else's now, or finished elsewhere before: what it cost here helps nobody.
@@ -355,7 +355,7 @@ class Workbench:
             entry = self.in_engine.get(condemned)
             assert entry is not None
             shard = entry.shard
-            self.ledger.lose(shard.own_charges(condemned, self._worker))
+            self.ledger.lose(shard.own_charges(condemned))
             self.suspects.forget(condemned.__eq__)
             values = input_as_json(shard.inputs.pop(condemned))
             message = (
@@ -382,7 +382,7 @@ class Workbench:
         with self.changed:
             if shard.lease is not None:
                 shard.lease = None
-                self.ledger.lose(shard.own_unpublished(self._worker))
+                self.ledger.lose(shard.own_unpublished())
                 del self.open[shard.name]
                 self.queue.remove(shard.has_row)
                 self.in_engine.drop(row for row in self.in_engine if shard.has_row(row))

@@ -103,9 +103,9 @@ def test_what_was_lost_with_a_shard_is_not_lost_again_when_it_is_resumed() -> No
     }
     folder = JobFolder(open_store("memory://workbench"))
     shard.load(Progress(partials=dict(saved)), ProgressReader(folder, shard.name, "w", set()))
-    assert shard.own_charges(0, "w") == 0
+    assert shard.own_charges(0) == 0
     assert taken(bench, 2) == [0, 1]
     for row, (prefill_ns, first_ns) in enumerate([(100, 10), (40, 4)]):
-        shard.finish(Completion(row, 0, "", (7, 8), "stop", 5, 0, prefill_ns, (first_ns, 25)), "w", None)
-    assert shard.own_charges(0, "w") == shard.own_charges(1, "w") == 25
-    assert shard.own_unpublished("w") == 2 * 25
+        shard.finish(Completion(row, 0, "", (7, 8), "stop", 5, 0, prefill_ns, (first_ns, 25)), None)
+    assert shard.own_charges(0) == shard.own_charges(1) == 25
+    assert shard.own_unpublished() == 2 * 25
