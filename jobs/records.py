@@ -147,8 +147,12 @@ class CommittedCount:
     @classmethod
     def from_bytes(cls, data: bytes) -> CommittedCount:
         """The inverse of :meth:`to_bytes`; raises ValueError for what it has not written."""
+        values = json.loads(data)
+        if not isinstance(values, dict) or any(
+            type(number) not in (int, float) for number in values.values()
+        ):
+            raise ValueError("this is no count of committed shards")
         try:
-            values = {name: number + 0 for name, number in json.loads(data).items()}
             return cls(**values)
         except (AttributeError, TypeError) as error:
             raise ValueError(f"this is no count of committed shards: {error}") from error

@@ -373,6 +373,16 @@ def test_one_counts_the_committed_shards_for_all(store: TimedStore) -> None:
     assert lists(store)["part-"] <= 1
 
 
+def forty_taken(store: TimedStore, round: int) -> tuple[list[ShardName], Claims]:
+    """Forty shards in four regions, all of them another's, and the claims of a worker without work."""
+    folder = JobFolder(store)
+    names = [ShardName(round, index, 40) for index in range(40)]
+    store.put("_batchinfer/workers/w.json", b"{}")
+    for name in names:
+        assert folder.create_claim(name, 1, Claim(worker="owner", nonce="n"))
+    return names, Claims(folder, names, "w", lambda: store.time, region_digits=1)
+
+
 def test_helpers_are_offered_shards_of_every_region(store: TimedStore) -> None:
     folder = JobFolder(store)
     names = [ShardName(0, index, 30) for index in range(30)]
@@ -403,11 +413,7 @@ def test_who_has_just_finished_a_shard_looks_at_once(store: TimedStore) -> None:
 )
 def test_a_count_that_cannot_be_read_is_made_anew(store: TimedStore, content: bytes) -> None:
     folder = JobFolder(store)
-    names = [ShardName(0, index, 40) for index in range(40)]
-    store.put("_batchinfer/workers/w.json", b"{}")
-    for name in names:
-        assert folder.create_claim(name, 1, Claim(worker="owner", nonce="n"))
-    claims = Claims(folder, names, "w", lambda: store.time, region_digits=1)
+    _, claims = forty_taken(store, 0)
     assert claims.claim([]) is None
     store.put("_batchinfer/committed.json", content)
     assert folder.read_count() is None
@@ -417,11 +423,7 @@ def test_a_count_that_cannot_be_read_is_made_anew(store: TimedStore, content: by
 
 def test_a_count_of_the_future_is_none(store: TimedStore) -> None:
     folder = JobFolder(store)
-    names = [ShardName(0, index, 40) for index in range(40)]
-    store.put("_batchinfer/workers/w.json", b"{}")
-    for name in names:
-        assert folder.create_claim(name, 1, Claim(worker="owner", nonce="n"))
-    claims = Claims(folder, names, "w", lambda: store.time, region_digits=1)
+    _, claims = forty_taken(store, 0)
     folder.write_count(CommittedCount(round=0, committed=39, at=store.time + 1000))
     assert claims.claim([]) is None and not claims.is_surplus()
     assert folder.read_count() == CommittedCount(round=0, committed=0, at=store.time)
@@ -430,11 +432,7 @@ def test_a_count_of_the_future_is_none(store: TimedStore) -> None:
 @pytest.mark.parametrize("true", [True, False])
 def test_nobody_takes_anothers_word_for_it_that_all_is_done(store: TimedStore, true: bool) -> None:
     folder = JobFolder(store)
-    names = [ShardName(0, index, 40) for index in range(40)]
-    store.put("_batchinfer/workers/w.json", b"{}")
-    for name in names:
-        assert folder.create_claim(name, 1, Claim(worker="owner", nonce="n"))
-    claims = Claims(folder, names, "w", lambda: store.time, region_digits=1)
+    names, claims = forty_taken(store, 0)
     assert claims.claim([]) is None
     for name in names if true else names[1:]:
         store.put(name.part, b"x")
@@ -446,12 +444,8 @@ def test_nobody_takes_anothers_word_for_it_that_all_is_done(store: TimedStore, t
 
 def test_the_count_of_another_round_says_nothing(store: TimedStore) -> None:
     folder = JobFolder(store)
-    names = [ShardName(1, index, 40) for index in range(40)]
+    _, claims = forty_taken(store, 1)
     folder.write_count(CommittedCount(round=0, committed=40, at=store.time))
-    store.put("_batchinfer/workers/w.json", b"{}")
-    for name in names:
-        assert folder.create_claim(name, 1, Claim(worker="owner", nonce="n"))
-    claims = Claims(folder, names, "w", lambda: store.time, region_digits=1)
     assert claims.claim([]) is None and not claims.is_surplus()
     assert folder.read_count() == CommittedCount(round=1, committed=0, at=store.time)
 
