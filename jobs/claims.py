@@ -52,6 +52,16 @@ class Lease:
     helper: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Helpable:
+    """A shard that has an owner and no helper: the generation of the owner's lease, and the one to create
+    for a helper's."""
+
+    shard: ShardName
+    owner_generation: int
+    generation: int
+
+
 @dataclass(slots=True)
 class Survey:
     """What a look at a region showed: which shards may be claimed, each with the generation to create.
@@ -59,12 +69,12 @@ class Survey:
     ``free`` ones have no owner, so the create alone decides who gets them, however old the survey; there
     may be more than were noted.
     ``stale`` ones had an owner that was silent for too long: true only at the time of the survey.
-    ``helpable`` ones have an owner, and no helper: with the generation of the helper's lease.
+    ``helpable`` ones have an owner, and no helper.
     """
 
     free: deque[tuple[ShardName, int]]
     stale: deque[tuple[ShardName, int]]
-    helpable: list[tuple[ShardName, int]]
+    helpable: list[Helpable]
 
 
 class Claims:
@@ -120,7 +130,7 @@ class Claims:
         self._found_nothing = False
         self._held: frozenset[ShardName] = frozenset()
         self._survey: Survey | None = None
-        self._helpable: list[tuple[ShardName, int]] = []
+        self._helpable: list[Helpable] = []
 
     def claim(self, held: Collection[ShardName]) -> Lease | None:
         """A lease on some shard that is not committed, not in ``held``, and free, released or stale.
@@ -180,14 +190,19 @@ class Claims:
         cost = GLANCES + 1 if len(self._open) > 1 and self._found_nothing else 1
         return min(self._lease_seconds, cost * self._workers / _POLLS_PER_SECOND)
 
-    def helpable(self) -> list[tuple[ShardName, int]]:
+    def helpable(self) -> list[Helpable]:
         """Some shards that the last claim's looks found in somebody's hands and without a helper, each
         claim's but once; see :meth:`help`."""
         some, self._helpable = self._helpable, []
         return some
 
-    def help(self, shard: ShardName, generation: int) -> Lease | None:
+    def owner(self, offer: Helpable) -> str:
+        """The worker in whose hands the shard was seen."""
+        return self._folder.read_claim(offer.shard, offer.owner_generation).worker
+
+    def help(self, offer: Helpable) -> Lease | None:
         """Become the shard's one helper; None where another one was faster, or the shard is committed."""
+        shard, generation = offer.shard, offer.generation
         claim = Claim(worker=self._worker, nonce=new_nonce())
         if not self._folder.create_claim(shard, generation, claim, helper=True):
             return None
@@ -304,12 +319,12 @@ class Claims:
                 leased.append((generations[last].modified, shard, last))
         released = set() if survey.free else self._released(now, leased)
         survey.free.extend((shard, last + 1) for _, shard, last in leased if shard in released)
-        for _, shard, _ in leased:
+        for _, shard, owned in leased:
             generations = helpers.get(shard.label, {})
             last = max(generations, default=0)
             helped = last > 0 and now - generations[last].modified <= self._lease_seconds
             if not helped and shard not in released:
-                survey.helpable.append((shard, last + 1))
+                survey.helpable.append(Helpable(shard, owned, last + 1))
         return survey
 
     def _released(self, now: float, leased: list[tuple[float, ShardName, int]]) -> set[ShardName]:

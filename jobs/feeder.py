@@ -69,16 +69,18 @@ class Work:
     limit: FailureLimit = NO_LIMIT
 
 
-def helping_pays(rows: int, progress: Progress, n: int) -> bool:
-    """Whether a helper of a shard of ``rows`` rows has enough to do, from what its owner has published.
+def helping_pays(rows: int, progress: Progress, n: int, owner: str) -> bool:
+    """Whether a helper of a shard of ``rows`` rows has enough to do, from what its ``owner`` has published.
 
     It has while at least as many rows wait as the owner's engine has begun: then there is as much left
-    for another engine as the owner is at. Before the owner has published anything nobody knows; and
-    while rows are suspected of ending engines, one worker that isolates them is enough.
+    for another engine as the owner is at. Before the owner has published anything nobody knows, whatever
+    earlier owners have left; and while rows are suspected of ending engines, one worker that isolates
+    them is enough.
     """
-    settled, running = progress.settled(n), len(progress.running)
-    waiting = rows - settled - running
-    return settled + running > 0 and waiting >= max(2, running) and not progress.suspicion
+    if owner not in progress.running or progress.suspicion:
+        return False
+    running = len(progress.running[owner])
+    return rows - progress.settled(n) - running >= max(2, running)
 
 
 class Feeder:
@@ -131,10 +133,13 @@ class Feeder:
 
     def _help(self) -> Lease | None:
         """A helper's lease on a shard of somebody else's, where helping pays."""
-        for shard, generation in self._claims.helpable():
-            progress = read_progress(self._folder, shard)
-            if progress is not None and helping_pays(self.shards[shard].rows, progress, self._n):
-                lease = self._claims.help(shard, generation)
+        for offer in self._claims.helpable():
+            progress = read_progress(self._folder, offer.shard)
+            if progress is None or not progress.running:
+                continue
+            owner = self._claims.owner(offer)
+            if helping_pays(self.shards[offer.shard].rows, progress, self._n, owner):
+                lease = self._claims.help(offer)
                 if lease is not None:
                     return lease
         return None

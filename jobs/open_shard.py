@@ -78,7 +78,7 @@ class OpenShard:
             self._counts[key.row] = self._counts.get(key.row, 0) + 1
         self.settled = len(self.failures) + sum(count == self.n for count in self._counts.values())
         if self.shared:
-            self.elsewhere = frozenset(progress.running)
+            self.elsewhere = frozenset().union(*progress.running.values())
         self.reader = reader
 
     @property

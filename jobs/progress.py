@@ -29,13 +29,13 @@ from batchinfer.jobs.suspects import UNSUSPECTED, Suspicion
 class Progress:
     """The union of a shard's progress: a finished sample hides what was in flight of it, and of
     several copies in flight the longest counts. A failed row hides its samples. ``suspicion`` is what is
-    held against rows of which engines may have died, ``running`` the rows that engines have begun, and
-    ``read`` the keys that were read."""
+    held against rows of which engines may have died, ``read`` the keys that were read. ``running`` has an
+    entry for each worker that published anything: the rows that its engine has begun."""
 
     samples: dict[SampleKey, Finished] = field(default_factory=dict)
     failures: dict[int, Failure] = field(default_factory=dict)
     partials: dict[SampleKey, Partial] = field(default_factory=dict)
-    running: set[int] = field(default_factory=set)
+    running: dict[str, set[int]] = field(default_factory=dict)
     suspicion: Suspicion = UNSUSPECTED
     read: set[str] = field(default_factory=set)
 
@@ -53,10 +53,11 @@ def read_progress(folder: JobFolder, shard: ShardName) -> Progress | None:
             for item in folder.list_progress(shard):
                 data = folder.store.get(item.key)
                 progress.read.add(item.key)
+                running = progress.running.setdefault(item.worker, set())
                 if item.inflight:
                     flight = inflight_from_bytes(data)
                     progress.suspicion = progress.suspicion.merged(flight.suspicion)
-                    progress.running |= flight.running
+                    running |= flight.running
                     for key, partial in flight.partials.items():
                         known = progress.partials.get(key)
                         if known is None or len(known.decoded.token_ids) < len(partial.decoded.token_ids):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from batchinfer.connectors.types import ObjectInfo
 from batchinfer.engine.types import Completion, Decoded
-from batchinfer.jobs.claims import GLANCES, Claims, Lease
+from batchinfer.jobs.claims import GLANCES, Claims, Helpable, Lease
 from batchinfer.jobs.feeder import Patience, helping_pays
 from batchinfer.jobs.folder import JobFolder, ShardName
 from batchinfer.jobs.prediction import WORKER_SECONDS
@@ -107,14 +108,15 @@ def test_a_shard_has_one_helper_until_its_lease_is_stale(store: TimedStore) -> N
     owner, second, third = (claims_of(store, name) for name in "abc")
     leases = [owner.claim([]) for _ in NAMES]
     assert second.claim([]) is None and third.claim([]) is None
-    shard, generation = second.helpable()[0]
-    assert shard in NAMES and generation == 1
-    lease = second.help(shard, generation)
+    offer = second.helpable()[0]
+    shard = offer.shard
+    assert shard in NAMES and offer.generation == 1 and second.owner(offer) == "a"
+    lease = second.help(offer)
     assert lease is not None and lease.helper
-    assert third.help(shard, generation) is None
+    assert third.help(offer) is None
     assert second.at_work(shard) == {"a", "b"}
     claim(third)
-    assert shard not in [name for name, _ in third.helpable()]
+    assert shard not in [offer.shard for offer in third.helpable()]
     store.time += 50
     for owned in leases:
         assert owned is not None and owner.renew(owned)
@@ -122,18 +124,19 @@ def test_a_shard_has_one_helper_until_its_lease_is_stale(store: TimedStore) -> N
     assert second.at_work(shard) == {"a"}, "the helper was not seen for too long"
     claim(third)
     store.put(NAMES[0].part, b"committed")
-    offered = dict(third.helpable())
+    offered = {offer.shard: offer.generation for offer in third.helpable()}
     if shard in offered:
         assert offered[shard] == 2
-    assert second.help(NAMES[0], 7) is None, "nobody helps with what is committed"
-    assert third.help(shard, 2) is not None or shard == NAMES[0]
+    committed = Helpable(NAMES[0], owner_generation=1, generation=7)
+    assert second.help(committed) is None, "nobody helps with what is committed"
+    assert third.help(replace(offer, generation=2)) is not None or shard == NAMES[0]
     assert not second.renew(lease)
 
 
 @pytest.mark.parametrize(
     ("settled", "running", "pays"),
     [
-        (0, 0, False),
+        (0, 0, True),
         (1, 0, True),
         (10, 30, True),
         (10, 46, False),
@@ -144,10 +147,12 @@ def test_a_shard_has_one_helper_until_its_lease_is_stale(store: TimedStore) -> N
 )
 def test_help_pays_while_more_rows_wait_than_run(settled: int, running: int, pays: bool) -> None:
     failures = {row: Failure(row, "x", "y") for row in range(settled)}
-    progress = Progress(failures=failures, running=set(range(settled, settled + running)))
-    assert helping_pays(100, progress, 1) is pays
+    running_rows = set(range(settled, settled + running))
+    progress = Progress(failures=failures, running={"before": {99}, "owner": running_rows})
+    assert helping_pays(100, progress, 1, "owner") is pays
+    assert not helping_pays(100, progress, 1, "next"), "who has published nothing may be at any row"
     progress.suspicion = Suspicion(((99,),))
-    assert not helping_pays(100, progress, 1)
+    assert not helping_pays(100, progress, 1, "owner")
 
 
 def test_a_stale_lease_is_judged_by_a_fresh_look_only(store: TimedStore) -> None:
@@ -390,7 +395,7 @@ def test_helpers_are_offered_shards_of_every_region(store: TimedStore) -> None:
         assert folder.create_claim(name, 1, Claim(worker="owner", nonce="n"))
     claims = Claims(folder, names, "w", lambda: store.time, region_digits=1)
     assert claims.claim([]) is None
-    assert sorted(shard.index // 10 for shard, _ in claims.helpable()) == [0, 1, 2]
+    assert sorted(offer.shard.index // 10 for offer in claims.helpable()) == [0, 1, 2]
     assert claims.helpable() == [], "each is offered once"
 
 
