@@ -62,7 +62,7 @@ class Attention(ctypes.Structure):
     _fields_ = (
         ("q", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
-        ("kv", ctypes.POINTER(Cache)),
+        ("kv", ctypes.c_void_p),  # a Cache's address
         ("schedule", ctypes.c_void_p),
         ("scale", ctypes.c_float),
         ("soft_cap", ctypes.c_float),

@@ -20,6 +20,7 @@ namespace {
 #define UNROLL _Pragma("GCC unroll 8")
 
 constexpr int ROWS = 6, VECTORS = 4, PANEL = 2 * LANES, STEP = 128;
+constexpr int64_t OWN_ROWS = 32;  // as many take longer against two panels than these take from memory
 constexpr int64_t BLOCK_BYTES = 384 << 10;  // of the input: what stays in a core's second cache beside two panels
 
 struct Call {
@@ -30,9 +31,10 @@ struct Call {
     int32_t x_type, type, activation, threads;  // activation: -1 none, 0 silu, 1 gelu_tanh
 };
 
-// A few rows against two panels. With each pass over the steps a line a step is fetched from its `ahead` on.
+// A few rows against two panels. With each pass over the steps a line a step is fetched from its `ahead` on, and the rows
+// after these from `next_x` on: most of them were just written by another core.
 struct Tile {
-    const char *x, *low, *high, *ahead[2];
+    const char *x, *low, *high, *ahead[2], *next_x;
     int64_t stride, steps;
     const Group* groups;  // of the first row; a row has steps / GROUP_STEPS of them
 };
@@ -53,6 +55,7 @@ struct Pairs {  // bf16
             UNROLL
             for (int c = 0; c < VECTORS; c++) panel[c] = load_ints((c < 2 ? t.low : t.high) + s * STEP + c % 2 * 64);
             _mm_prefetch(t.ahead[0] + s * 64, _MM_HINT_T1);
+            _mm_prefetch(t.next_x + s * 4 * R, _MM_HINT_T0);
             UNROLL
             for (int r = 0; r < R; r++) {
                 int32_t inputs;
@@ -85,7 +88,7 @@ struct Fours {  // signed bytes of the input in groups, unsigned ones of the wei
         UNROLL
         for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = splat(0);
         int64_t groups = t.steps / GROUP_STEPS;
-        const char* x = t.x;
+        const char *x = t.x, *next_x = t.next_x;
         for (int64_t g = 0; g < groups; g++) {
             const Group* group = t.groups + g;
             Ints part[R][2];
@@ -95,6 +98,7 @@ struct Fours {  // signed bytes of the input in groups, unsigned ones of the wei
             for (int s = 0; s < GROUP_STEPS; s++) {
                 Ints a = load_ints(panel), b = load_ints(panel + 64);
                 _mm_prefetch(ahead, _MM_HINT_T1);
+                _mm_prefetch(next_x, _MM_HINT_T0);
                 UNROLL
                 for (int r = 0; r < R; r++) {
                     int32_t inputs;
@@ -106,6 +110,7 @@ struct Fours {  // signed bytes of the input in groups, unsigned ones of the wei
                 x += 4;
                 panel += STEP;
                 ahead += 64;
+                next_x += 4 * R;
             }
             UNROLL
             for (int r = 0; r < R; r++) {
@@ -180,7 +185,8 @@ struct Product {
         int64_t tiles = (end - begin + ROWS - 1) / ROWS;
         for (int64_t t = 0; t < tiles; t++) {
             int64_t row = begin + t * (end - begin) / tiles, count = begin + (t + 1) * (end - begin) / tiles - row;
-            Tile tile{x + row * stride, panel(low(i)), panel(high(i)), {}, stride, steps, row_groups + row * groups};
+            const char* here = x + row * stride;
+            Tile tile{here, panel(low(i)), panel(high(i)), {}, here + count * stride, stride, steps, row_groups + row * groups};
             for (int n = 0; n < P::PASSES; n++) {
                 int64_t pass = t * P::PASSES + n;
                 tile.ahead[n] = pass < 4 ? quarter(next, pass) : panel(low(i));
@@ -203,14 +209,19 @@ struct Product {
     void run() const {
         int64_t most = std::max<int64_t>(BLOCK_BYTES / stride / ROWS * ROWS, ROWS);
         int64_t blocks = (call.rows + most - 1) / most;
-        // Enough items that no thread waits long for another's last one.
-        if (call.threads > 1 && items * blocks < 8 * call.threads)
-            blocks = std::min((8 * call.threads + items - 1) / items, (call.rows + ROWS - 1) / ROWS);
+        if (call.threads > 1) {
+            // Each thread multiplies its own rows, where they are enough to hide that it reads the weight for itself.
+            int64_t parts = std::max<int64_t>(1, std::min<int64_t>(call.threads, call.rows / OWN_ROWS));
+            blocks = (blocks + parts - 1) / parts * parts;
+            // Enough items that no thread waits long for another's last one.
+            int64_t enough = (8 * call.threads + items - 1) / items;
+            if (blocks < enough) blocks = std::min((enough + parts - 1) / parts * parts, (call.rows + ROWS - 1) / ROWS);
+        }
         parallel_phases(
             call.threads, P::INPUTS == 4 ? call.rows : 0, 8, [&](int64_t row) { quantize(row); }, items * blocks,
             [&](int64_t n) {
                 int64_t i = n % items, b = n / items;
-                run_item(i, b * call.rows / blocks, (b + 1) * call.rows / blocks, (i + call.threads) % items);
+                run_item(i, b * call.rows / blocks, (b + 1) * call.rows / blocks, (i + 1) % items);
             });
     }
 };

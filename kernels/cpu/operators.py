@@ -206,14 +206,15 @@ class CPUOperators:
         """Returns the rotated queries [T, Hq, D]; keys and values go to the cache."""
         assert isinstance(kv, CPUKVCache)
         qkv = qkv.contiguous()
-        q = qkv.new_empty(len(qkv), num_heads, kv.spec.head_size)
+        tokens = qkv.shape[0]
+        q = qkv.new_empty(tokens, num_heads, kv.spec.head_size)
         rotary = Rotary(
             cos_sin.data_ptr(),
             batch.positions.data_ptr(),
             batch.slots.data_ptr(),
             None if q_norm is None else q_norm.data_ptr(),
             None if k_norm is None else k_norm.data_ptr(),
-            len(qkv),
+            tokens,
             cos_sin.shape[1],
             num_heads,
             layer,
@@ -242,17 +243,18 @@ class CPUOperators:
         """[T, Hq, D] -> [T, Hq * D]; blocks that sequences share are read once for all of them."""
         assert isinstance(kv, CPUKVCache)
         q = q.contiguous()
-        out = q.new_empty(len(q), q.shape[1] * q.shape[2])
+        tokens, num_heads, head_size = q.shape
+        out = q.new_empty(tokens, num_heads * head_size)
         call = Attention(
             q.data_ptr(),
             out.data_ptr(),
-            ctypes.pointer(kv._view),
-            self.schedule(batch, q.shape[1] // kv.spec.num_kv_heads).address,
+            ctypes.addressof(kv._view),
+            self.schedule(batch, num_heads // kv.spec.num_kv_heads).address,
             scale,
             soft_cap,
             TYPES[q.dtype],
             layer,
-            q.shape[1],
+            num_heads,
             window,
             torch.get_num_threads(),
         )

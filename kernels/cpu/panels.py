@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,20 +22,26 @@ _ACTIVATIONS = {None: -1, "silu": 0, "gelu_tanh": 1}
 
 @dataclass(frozen=True, slots=True)
 class PanelLinear:
-    """A bf16 weight in panels; ``bias`` fp32 [out]."""
+    """A bf16 weight in panels; ``bias`` fp32 [out].
+
+    ``_call`` says what is the same in every product with it. One product runs at a time.
+    """
 
     library: Library
     out_features: int
     in_features: int
     panels: torch.Tensor
     bias: torch.Tensor | None
+    _call: Product
 
     @classmethod
     def pack(cls, library: Library, weight: torch.Tensor, bias: torch.Tensor | None) -> PanelLinear:
         """Of ``weight`` bf16 [out, in], in even, and ``bias`` [out]."""
         bias = None if bias is None else bias.float().contiguous()
         out_features, in_features = weight.shape
-        return cls(library, out_features, in_features, _panels(weight, 2), bias)
+        panels = _panels(weight, 2)
+        call = _product(panels, bias, in_features, out_features)
+        return cls(library, out_features, in_features, panels, bias, call)
 
     @property
     def gates(self) -> bool:
@@ -44,9 +51,8 @@ class PanelLinear:
     def apply(self, x: torch.Tensor, kind: str | None, dtype: torch.dtype) -> torch.Tensor:
         """bf16 [T, in] -> [T, out] of ``dtype``; with the activation ``kind``, gated: [T, out / 2]."""
         x = x.contiguous()
-        out = x.new_empty(len(x), self.out_features // (1 if kind is None else 2), dtype=dtype)
-        call = _product(self, x, out, kind)
-        self.library.linear(ctypes.byref(call))
+        out = x.new_empty(x.shape[0], self.out_features // (1 if kind is None else 2), dtype=dtype)
+        self.library.linear(_of(self._call, x, out, kind))
         return out
 
 
@@ -55,7 +61,8 @@ class PanelInt8Linear:
     """An int8 weight in panels, turned by :func:`turned`, each byte 128 more than it stands for.
 
     ``scales`` fp32 [out], one for each output channel; ``bias`` fp32 [out]. The activations are turned
-    and rounded to bytes in the product's own pass, with a scale for each row's group of 64.
+    and rounded to bytes in the product's own pass, with a scale for each row's group of 64. ``_call`` is
+    as in :class:`PanelLinear`.
     """
 
     library: Library
@@ -64,6 +71,7 @@ class PanelInt8Linear:
     panels: torch.Tensor
     scales: torch.Tensor
     bias: torch.Tensor | None
+    _call: Product
 
     @classmethod
     def pack(cls, library: Library, weight: torch.Tensor, bias: torch.Tensor | None) -> PanelInt8Linear:
@@ -71,7 +79,10 @@ class PanelInt8Linear:
         whole, scales = rounded(turned(weight))
         panels = _panels(whole.view(torch.uint8) ^ 128, 4)
         bias = None if bias is None else bias.float().contiguous()
-        return cls(library, len(weight), weight.shape[1], panels, scales, bias)
+        out_features, in_features = weight.shape
+        call = _product(panels, bias, in_features, out_features)
+        call.scales = scales.data_ptr()
+        return cls(library, out_features, in_features, panels, scales, bias, call)
 
     @property
     def gates(self) -> bool:
@@ -80,13 +91,12 @@ class PanelInt8Linear:
 
     def apply(self, x: torch.Tensor, kind: str | None, dtype: torch.dtype) -> torch.Tensor:
         """[T, in] -> [T, out] of ``dtype``; with the activation ``kind``, gated: [T, out / 2]."""
-        x = x.contiguous()
-        out = x.new_empty(len(x), self.out_features // (1 if kind is None else 2), dtype=dtype)
+        x, rows = x.contiguous(), x.shape[0]
+        out = x.new_empty(rows, self.out_features // (1 if kind is None else 2), dtype=dtype)
         groups = -(-self.in_features // _GROUP)
-        scratch = x.new_empty(len(x) * groups * (_GROUP + _GROUP_BYTES), dtype=torch.uint8)
-        call = _product(self, x, out, kind)
-        call.scales, call.scratch = self.scales.data_ptr(), scratch.data_ptr()
-        self.library.linear_int8(ctypes.byref(call))
+        scratch = x.new_empty(rows * groups * (_GROUP + _GROUP_BYTES), dtype=torch.uint8)
+        self._call.scratch = scratch.data_ptr()
+        self.library.linear_int8(_of(self._call, x, out, kind))
         return out
 
 
@@ -120,18 +130,19 @@ def _panels(weight: torch.Tensor, inputs: int) -> torch.Tensor:
 
 
 def _product(
-    weight: PanelLinear | PanelInt8Linear, x: torch.Tensor, out: torch.Tensor, kind: str | None
+    panels: torch.Tensor, bias: torch.Tensor | None, in_features: int, out_features: int
 ) -> Product:
     return Product(
-        x=x.data_ptr(),
-        panels=weight.panels.data_ptr(),
-        bias=None if weight.bias is None else weight.bias.data_ptr(),
-        out=out.data_ptr(),
-        rows=len(x),
-        in_features=weight.in_features,
-        out_features=weight.out_features,
-        x_type=TYPES[x.dtype],
-        type=TYPES[out.dtype],
-        activation=_ACTIVATIONS[kind],
-        threads=torch.get_num_threads(),
+        panels=panels.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        in_features=in_features,
+        out_features=out_features,
     )
+
+
+def _of(call: Product, x: torch.Tensor, out: torch.Tensor, kind: str | None) -> Any:
+    """``call`` for this input and output, as a C function takes it."""
+    call.x, call.x_type, call.rows = x.data_ptr(), TYPES[x.dtype], x.shape[0]
+    call.out, call.type, call.activation = out.data_ptr(), TYPES[out.dtype], _ACTIVATIONS[kind]
+    call.threads = torch.get_num_threads()
+    return ctypes.byref(call)

@@ -7,11 +7,53 @@
 #include <immintrin.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
 extern "C" void GOMP_parallel(void (*function)(void*), void* data, unsigned threads, unsigned flags);
 extern "C" int omp_get_thread_num(void);
+
+// The items [0, count), a part in a row for each thread. One that has done its own goes on with the others', `grain` in a
+// row. Where operators share out the same rows, each finds them where it left them: in its core's caches.
+class Shares {
+public:
+    Shares(int threads, int64_t count, int64_t grain) : grain_(grain), parts_(std::min(threads, MOST)) {
+        int64_t grains = (count + grain - 1) / grain;
+        for (int p = 0; p < parts_; p++) {
+            part_[p].next.store(grains * p / parts_ * grain, std::memory_order_relaxed);
+            part_[p].end = std::min(count, grains * (p + 1) / parts_ * grain);
+        }
+    }
+
+    // Calls work(i) for what this thread gets; returns how many those were.
+    template <class Work>
+    int64_t run(const Work& work) {
+        int own = omp_get_thread_num() % parts_;
+        int64_t done = 0;
+        for (int k = 0; k < parts_; k++) {
+            Part& part = part_[(own + k) % parts_];
+            for (;;) {
+                int64_t first = part.next.fetch_add(grain_, std::memory_order_relaxed);
+                if (first >= part.end) break;
+                int64_t last = std::min(first + grain_, part.end);
+                for (int64_t i = first; i < last; i++) work(i);
+                done += last - first;
+            }
+        }
+        return done;
+    }
+
+private:
+    static constexpr int MOST = 64;
+    struct alignas(64) Part {
+        std::atomic<int64_t> next;
+        int64_t end;
+    };
+    const int64_t grain_;
+    const int parts_;
+    Part part_[MOST];
+};
 
 // Calls work(i) once for each i in [0, count), in any order and on any of `threads` threads, `grain` in a row.
 template <class Work>
@@ -21,23 +63,18 @@ inline void parallel_for(int threads, int64_t count, int64_t grain, const Work& 
         for (int64_t i = 0; i < count; i++) work(i);
         return;
     }
-    struct Share {
-        const Work* work;
-        std::atomic<int64_t> next;
-        int64_t count, grain;
-    } share{&work, {0}, count, grain};
     int64_t most = (count + grain - 1) / grain;
+    if (threads > most) threads = int(most);
+    struct Team {
+        const Work& work;
+        Shares shares;
+    } team{work, {threads, count, grain}};
     GOMP_parallel(
         [](void* data) {
-            Share& s = *static_cast<Share*>(data);
-            for (;;) {
-                int64_t first = s.next.fetch_add(s.grain, std::memory_order_relaxed);
-                if (first >= s.count) return;
-                int64_t last = first + s.grain < s.count ? first + s.grain : s.count;
-                for (int64_t i = first; i < last; i++) (*s.work)(i);
-            }
+            Team& team = *static_cast<Team*>(data);
+            team.shares.run(team.work);
         },
-        &share, unsigned(threads < most ? threads : most), 0);
+        &team, unsigned(threads), 0);
 }
 
 // parallel_for over `first` items, then over `second` ones, in one hand-over to the team: nobody begins a second item
@@ -50,30 +87,21 @@ inline void parallel_phases(int threads, int64_t first, int64_t first_grain, con
         parallel_for(threads, second, 1, second_work);
         return;
     }
-    struct Share {
-        const First* first_work;
-        const Second* second_work;
-        std::atomic<int64_t> next_first, done, next_second;
-        int64_t first, grain, second;
-    } share{&first_work, &second_work, {0}, {0}, {0}, first, first_grain, second};
+    struct Team {
+        const First& first_work;
+        const Second& second_work;
+        Shares first_shares, second_shares;
+        std::atomic<int64_t> done;
+        int64_t first;
+    } team{first_work, second_work, {threads, first, first_grain}, {threads, second, 1}, {0}, first};
     GOMP_parallel(
         [](void* data) {
-            Share& s = *static_cast<Share*>(data);
-            for (;;) {
-                int64_t begin = s.next_first.fetch_add(s.grain, std::memory_order_relaxed);
-                if (begin >= s.first) break;
-                int64_t end = begin + s.grain < s.first ? begin + s.grain : s.first;
-                for (int64_t i = begin; i < end; i++) (*s.first_work)(i);
-                s.done.fetch_add(end - begin, std::memory_order_release);
-            }
+            Team& team = *static_cast<Team*>(data);
+            team.done.fetch_add(team.first_shares.run(team.first_work), std::memory_order_acq_rel);
             // Who has an item is running, unless others took its core: then let it have this one.
-            for (int turns = 0; s.done.load(std::memory_order_acquire) < s.first; turns++)
+            for (int turns = 0; team.done.load(std::memory_order_acquire) < team.first; turns++)
                 turns < 4096 ? _mm_pause() : void(sched_yield());
-            for (;;) {
-                int64_t i = s.next_second.fetch_add(1, std::memory_order_relaxed);
-                if (i >= s.second) return;
-                (*s.second_work)(i);
-            }
+            team.second_shares.run(team.second_work);
         },
-        &share, unsigned(threads), 0);
+        &team, unsigned(threads), 0);
 }
