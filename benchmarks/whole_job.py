@@ -11,6 +11,7 @@ seconds of the S3 server, which takes them from the same cores.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import resource
@@ -55,6 +56,21 @@ def ended_cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def adopt_orphans() -> None:
+    """From now on wait for processes whose parents have ended before them, as a worker before its engine:
+    only of those that were waited for the CPU seconds are counted."""
+    prctl_set_child_subreaper = 36
+    ctypes.CDLL(None).prctl(prctl_set_child_subreaper, 1, 0, 0, 0)
+
+
+def bury_orphans(seconds: float) -> None:
+    """Wait for those that end within this time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not os.waitpid(-1, os.WNOHANG)[0]:
+            time.sleep(0.05)
+
+
 def run_job(prompts: list[str], tokens: int, model: str, folder: Path) -> dict[str, float]:
     """Answer ``prompts`` by a job with one worker: seconds of its bill and of the server's CPU, and the
     share of the machine that others took meanwhile."""
@@ -84,7 +100,9 @@ def run_job(prompts: list[str], tokens: int, model: str, folder: Path) -> dict[s
         subprocess.run(
             [sys.executable, "-P", "-m", "batchinfer", "submit", str(spec), "--wait"], check=True
         )
-        cpu, took = child_cpu_seconds() - before, time.perf_counter() - begun
+        took = time.perf_counter() - begun
+        bury_orphans(3.0)
+        cpu = child_cpu_seconds() - before
         others = machine_cpu_seconds() - ended_cpu_seconds() - cpu - others
         settlement = StatusReader(JobFolder(open_store(JOB_URI))).settlement()
     bill = settlement.bill
@@ -107,6 +125,7 @@ def main() -> None:
     # What a worker's processes are given, for both.
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    adopt_orphans()
     prompts = make_prompts(options.dataset, options.rows)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
