@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from cpu_levels import DTYPES, LEVELS, TOLERANCE, threads
@@ -182,3 +186,23 @@ def test_other_formats_are_refused_by_name(ops: CPUOperators) -> None:
         ops.allocate_kv(KVSpec(1, 1, 16, torch.float8_e4m3fn), 1, torch.device("cpu"))
     with pytest.raises(ValueError, match="not 7: choose operators reference"):
         ops.allocate_kv(KVSpec(1, 1, 7, torch.float32), 1, torch.device("cpu"))
+
+
+SMALLER_TEAM = """
+import torch
+from batchinfer.kernels.cpu.operators import load
+
+torch.set_num_threads(4)
+ops, rng = load(), torch.Generator().manual_seed(0)
+weight = (torch.randn(192, 72, generator=rng) / 8).bfloat16()
+x = torch.randn(300, 72, generator=rng).bfloat16()
+for quantize, limit in ((None, 0.05), ("int8", 0.15)):
+    got = ops.linear(x, ops.pack_linear(weight, None, quantize))
+    assert (got.float() - x.float() @ weight.float().T).abs().max() < limit, quantize
+"""
+
+
+def test_a_team_of_fewer_threads_than_were_asked_for_does_everything() -> None:
+    """The runtime may give fewer: then those take over what the others were to do."""
+    environment = {**os.environ, "OMP_THREAD_LIMIT": "1"}
+    subprocess.run([sys.executable, "-P", "-c", SMALLER_TEAM], env=environment, check=True, timeout=300)
