@@ -525,6 +525,12 @@ def test_local_workers_divide_the_machine_and_stop_when_asked(
     _check_only_helpers_repeat(job)
 
 
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_where_all_workers_are_there_none_is_started(make_job: MakeJob, gpus: int) -> None:
+    with start_workers(make_job().uri, 0, gpus, {}, attached=True) as workers:
+        assert workers.count == 0 and not workers.running()
+
+
 @pytest.mark.chaos
 def test_attached_workers_leave_with_a_submit_that_is_killed(make_job: MakeJob) -> None:
     job = make_job(rows=30, step=0.1, tokens=200)

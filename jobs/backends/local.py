@@ -128,7 +128,9 @@ def render(
 
 
 def worker_shares(count: int, gpus: int, cpus: float | None) -> list[dict[str, str]]:
-    """The environment that gives each worker its part of the machine."""
+    """The environment that gives each worker its part of the machine; none where all are there already."""
+    if count == 0:
+        return []
     devices = _gpus() if gpus else []
     if devices:
         # Where there are fewer than asked for, workers share them in turn.
