@@ -52,7 +52,7 @@ class PanelLinear:
         """bf16 [T, in] -> [T, out] of ``dtype``; with the activation ``kind``, gated: [T, out / 2]."""
         x = x.contiguous()
         out = x.new_empty(x.shape[0], self.out_features // (1 if kind is None else 2), dtype=dtype)
-        self.library.linear(_of(self._call, x, out, kind))
+        self.library.linear(_filled(self._call, x, out, kind))
         return out
 
 
@@ -96,7 +96,7 @@ class PanelInt8Linear:
         groups = -(-self.in_features // _GROUP)
         scratch = x.new_empty(rows * groups * (_GROUP + _GROUP_BYTES), dtype=torch.uint8)
         self._call.scratch = scratch.data_ptr()
-        self.library.linear_int8(_of(self._call, x, out, kind))
+        self.library.linear_int8(_filled(self._call, x, out, kind))
         return out
 
 
@@ -132,6 +132,7 @@ def _panels(weight: torch.Tensor, inputs: int) -> torch.Tensor:
 def _product(
     panels: torch.Tensor, bias: torch.Tensor | None, in_features: int, out_features: int
 ) -> Product:
+    """What is the same in every product with a weight."""
     return Product(
         panels=panels.data_ptr(),
         bias=None if bias is None else bias.data_ptr(),
@@ -140,8 +141,8 @@ def _product(
     )
 
 
-def _of(call: Product, x: torch.Tensor, out: torch.Tensor, kind: str | None) -> Any:
-    """``call`` for this input and output, as a C function takes it."""
+def _filled(call: Product, x: torch.Tensor, out: torch.Tensor, kind: str | None) -> Any:
+    """``call`` with this input and output, as a C function takes it."""
     call.x, call.x_type, call.rows = x.data_ptr(), TYPES[x.dtype], x.shape[0]
     call.out, call.type, call.activation = out.data_ptr(), TYPES[out.dtype], _ACTIVATIONS[kind]
     call.threads = torch.get_num_threads()
