@@ -3,8 +3,10 @@
     python benchmarks/running_step.py --model FOLDER [--settings '{"dtype": "bf16", "quantize": "int8"}']
 
 Each kernel's call is timed where the engine makes it, by the model's own weights and values, so that what
-one operator leaves in the caches for the next one counts; ``operators.py`` times each by itself. The first
-run warms up, the second one is measured, in the steps after the first two fifths.
+one operator leaves in the caches for the next one counts; ``operators.py`` times each by itself. For that
+the layers' calls are made one by one from Python; otherwise an engine makes them in one go, and the table
+ends with what a step takes then. Of both a first run warms up, and a second one is measured in the steps
+after the first two fifths.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch
 
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.types import Request, SamplingParams
+from batchinfer.kernels.cpu.recording import Recording
 
 KERNELS = (
     "linear",
@@ -62,6 +65,19 @@ def _what(name: str, arguments: tuple[Any, ...]) -> str:
     return f"{name} {product.in_features} -> {product.out_features}"
 
 
+def run(engine: Engine, requests: list[Request], watch: Stopwatch | None) -> list[float]:
+    """Answer the requests: seconds of each step."""
+    engine.add(requests)
+    seconds = []
+    while engine.has_work:
+        if watch is not None:
+            watch.steps.append(defaultdict(float))
+        begun = time.perf_counter()
+        engine.step()
+        seconds.append(time.perf_counter() - begun)
+    return seconds
+
+
 def main() -> None:
     """Measure and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -77,25 +93,25 @@ def main() -> None:
     sampling = SamplingParams(max_tokens=options.tokens, ignore_eos=True)
     chance = torch.Generator().manual_seed(0)
     prompts = torch.randint(100, 40_000, (options.sequences, options.prompt), generator=chance).tolist()
-    watch = Stopwatch(engine.runner._decoder._ops._library)
-    for measured in (False, True):
-        engine.add([Request(row, prompt, sampling) for row, prompt in enumerate(prompts)])
-        while engine.has_work:
-            if measured:
-                watch.steps.append(defaultdict(float))
-            begun = time.perf_counter()
-            engine.step()
-            if measured:
-                watch.steps[-1]["step"] = time.perf_counter() - begun
-    steps = watch.steps[2 * options.tokens // 5 : 4 * options.tokens // 5]
+    requests = [Request(row, prompt, sampling) for row, prompt in enumerate(prompts)]
+    recorded = [run(engine, requests, None) for _ in range(2)][1]
+    decoder = engine.runner._decoder
+    for name in ("_all", "_before_last"):
+        if isinstance(layers := getattr(decoder, name), Recording):
+            setattr(decoder, name, layers._work)
+    watch = Stopwatch(decoder._ops._library)
+    alone = [run(engine, requests, watch) for _ in range(2)][1]
+    part = slice(2 * options.tokens // 5, 4 * options.tokens // 5)
+    steps = watch.steps[len(alone) :][part]
     medians = {what: 1e3 * statistics.median(step[what] for step in steps) for what in steps[0]}
-    whole = medians.pop("step")
+    whole = 1e3 * statistics.median(alone[part])
     print(f"| {options.sequences} sequences, {len(steps)} steps | ms |")
     print("|---|---|")
     for what, milliseconds in sorted(medians.items(), key=lambda item: -item[1]):
         print(f"| {what} | {milliseconds:.2f} |")
     print(f"| between the kernels | {whole - sum(medians.values()):.2f} |")
-    print(f"| **step** | **{whole:.2f}** |")
+    print(f"| step, call by call | {whole:.2f} |")
+    print(f"| **step, the layers in one go** | **{1e3 * statistics.median(recorded[part]):.2f}** |")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ class AttentionBatch:
     ``context_lens`` int32 [S]: tokens of the sequence in the cache once this step has stored its own,
     so its queries stand at the last positions. ``block_tables`` int32 [S, max_blocks]: block ids,
     any value past the end. ``slots`` int64 [T]: block id * block_size + offset, where the token's
-    keys and values are stored. ``max_query`` and ``max_context`` are host integers.
+    keys and values are stored; no other sequence of the batch reads these blocks. ``max_query`` and
+    ``max_context`` are host integers.
     """
 
     query_starts: torch.Tensor
@@ -203,6 +204,29 @@ class FilterOperator(Protocol):
         V keeps all) best stay, and their equals; of those a token stays while the chances of all better
         ones have not reached ``top_p`` (fp32 [m], 1 keeps all), and while its own is at least ``min_p``
         (fp32 [m]) times the best one's.
+        """
+        ...
+
+
+class LayersWork(Protocol):
+    """Some layers of a model, by the methods of operators alone."""
+
+    def __call__(
+        self, normed: torch.Tensor, residual: torch.Tensor, batch: AttentionBatch, kv: KVCache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(normed, residual), both [T, H] and what the layers before have left -> the same after them."""
+        ...
+
+
+@runtime_checkable
+class RecordingOperators(Protocol):
+    """Operators that can write down all calls of some layers and make them again for other tokens."""
+
+    def recorded(self, work: LayersWork) -> LayersWork:
+        """``work`` to the bit, with less time between its operators.
+
+        It must make the same calls whatever its tensors hold, and use nothing else on what they return.
+        Results lie in memory that the next call writes over.
         """
         ...
 

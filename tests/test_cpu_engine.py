@@ -61,8 +61,10 @@ class Weights(DummyCheckpoint):
         return tensor if len(shape) == 1 else tensor * 12
 
 
-def decoder_of(ops: Operators, dtype: torch.dtype, config: DecoderConfig = CONFIG) -> Decoder:
-    return Decoder(config, WeightReader("m", Weights(), dtype, CPU), ops, config.max_context)
+def decoder_of(
+    ops: Operators, dtype: torch.dtype, config: DecoderConfig = CONFIG, quantize: str | None = None
+) -> Decoder:
+    return Decoder(config, WeightReader("m", Weights(), dtype, CPU), ops, config.max_context, quantize)
 
 
 def engine_of(kv_dtype: torch.dtype, num_blocks: int, **settings: Any) -> Engine:

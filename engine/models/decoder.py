@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from batchinfer.engine.models.layers import (
+    Layer,
     LayerConfig,
     LayerWeights,
-    attention_block,
-    feed_forward_block,
     rotary_table,
+    run_layer,
+    run_layers,
 )
-from batchinfer.kernels.ops import AttentionBatch, KVCache, KVSpec, Operators, PackedLinear
+from batchinfer.kernels.ops import (
+    AttentionBatch,
+    KVCache,
+    KVSpec,
+    LayersWork,
+    Operators,
+    PackedLinear,
+    RecordingOperators,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +105,10 @@ class Decoder:
         )
         self.dtype = self._embeddings.dtype
         self.device = self._embeddings.device
-        self._layers = [self._load_layer(f"model.layers.{i}") for i in range(len(config.layers))]
-        self._norm = self._load_norm("model.norm", config.hidden_size)
+        weights = [self._load_layer(f"model.layers.{i}") for i in range(len(config.layers))]
+        norms = [layer.input_norm for layer in weights] + [
+            self._load_norm("model.norm", config.hidden_size)
+        ]
         head = (
             self._embeddings
             if config.tied_embeddings
@@ -104,15 +116,21 @@ class Decoder:
         )
         # Four bits a weight are too few for the head: every token's chances come from it alone.
         self._head = ops.pack_linear(head, None, "int8" if quantize == "int4" else quantize)
-        tables: dict[int, torch.Tensor] = {}
+        tables: list[torch.Tensor] = []
         ropes = [layer.rope for layer in config.layers]
-        self._tables = []
-        for rope in ropes:
+        for i, rope in enumerate(ropes):
             first = ropes.index(rope)
-            if first not in tables:
-                tables[first] = rotary_table(rope, config.head_size, max_context, self.device)
-            self._tables.append(tables[first])
+            if first < i:
+                tables.append(tables[first])
+            else:
+                tables.append(rotary_table(rope, config.head_size, max_context, self.device))
+        self._layers = [
+            Layer(i, layer.window, tables[i], weights[i], norms[i + 1])
+            for i, layer in enumerate(config.layers)
+        ]
         del self._source
+        self._all = self._recorded(self._layers)
+        self._before_last = self._recorded(self._layers[:-1])
 
     def forward(
         self,
@@ -127,25 +145,19 @@ class Decoder:
         Of the others the last layer then stores keys and values and computes nothing more.
         """
         config, ops = self.config, self._ops
-        if last is not None and len(last) == len(tokens):
-            last = None
         residual = self._embeddings[tokens]
         if config.embedding_scale is not None:
             residual = residual * torch.tensor(config.embedding_scale, dtype=self.dtype)
-        normed = ops.rms_norm(residual, self._layers[0].input_norm, config.rms_eps)
-        for i, (layer, weights) in enumerate(zip(config.layers, self._layers, strict=True)):
-            end = i + 1 == len(self._layers)
-            kept = last if end else None
-            added = attention_block(
-                ops, config, layer, weights, normed, self._tables[i], batch, kv, i, kept
-            )
-            if kept is not None:
-                residual = residual[kept]
-            normed, residual = ops.add_rms_norm(added, residual, weights.feed_forward_norm, config.rms_eps)
-            added = feed_forward_block(ops, config, weights, normed)
-            following = self._norm if end else self._layers[i + 1].input_norm
-            normed, residual = ops.add_rms_norm(added, residual, following, config.rms_eps)
-        return normed
+        normed = ops.rms_norm(residual, self._layers[0].weights.input_norm, config.rms_eps)
+        if last is None or len(last) == len(tokens):
+            return self._all(normed, residual, batch, kv)[0]
+        normed, residual = self._before_last(normed, residual, batch, kv)
+        return run_layer(ops, config, self._layers[-1], normed, residual, batch, kv, last)[0]
+
+    def _recorded(self, layers: list[Layer]) -> LayersWork:
+        """``layers`` as one piece of work, recorded where the operators can."""
+        work = partial(run_layers, self._ops, self.config, layers)
+        return self._ops.recorded(work) if isinstance(self._ops, RecordingOperators) else work
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``hidden`` [n, H] -> fp32 [n, V]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -94,6 +94,17 @@ class LayerWeights:
     post_feed_forward_norm: torch.Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A layer ready to run: the ``index``-th, with its rotary table and the norm that follows it."""
+
+    index: int
+    window: int
+    table: torch.Tensor
+    weights: LayerWeights
+    following_norm: torch.Tensor
+
+
 class Sizes(Protocol):
     """The part of a decoder's configuration that its layers read."""
 
@@ -109,28 +120,61 @@ class Sizes(Protocol):
     def activation(self) -> str: ...  # noqa: D102
 
 
-def attention_block(
+def run_layers(
     ops: Operators,
     sizes: Sizes,
-    layer: LayerConfig,
-    weights: LayerWeights,
+    layers: Sequence[Layer],
     normed: torch.Tensor,
-    table: torch.Tensor,
+    residual: torch.Tensor,
     batch: AttentionBatch,
     kv: KVCache,
-    index: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``layers`` one after the other; a :class:`~batchinfer.kernels.ops.LayersWork` of the last four."""
+    for layer in layers:
+        normed, residual = run_layer(ops, sizes, layer, normed, residual, batch, kv, None)
+    return normed, residual
+
+
+def run_layer(
+    ops: Operators,
+    sizes: Sizes,
+    layer: Layer,
+    normed: torch.Tensor,
+    residual: torch.Tensor,
+    batch: AttentionBatch,
+    kv: KVCache,
     last: torch.Tensor | None,
-) -> torch.Tensor:
-    """Self-attention of ``normed`` [T, H] in layer ``index``: what is added to the residual, [T, H].
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(normed, residual), both [T, H], as the layer before has left them -> the same after this one.
 
     With ``last``, int64 [S], where each sequence's last token is: of these tokens alone, [S, H].
     """
+    weights = layer.weights
+    added = _attention_block(ops, sizes, layer, normed, batch, kv, last)
+    if last is not None:
+        residual = residual[last]
+    normed, residual = ops.add_rms_norm(added, residual, weights.feed_forward_norm, sizes.rms_eps)
+    added = _feed_forward_block(ops, sizes, weights, normed)
+    return ops.add_rms_norm(added, residual, layer.following_norm, sizes.rms_eps)
+
+
+def _attention_block(
+    ops: Operators,
+    sizes: Sizes,
+    layer: Layer,
+    normed: torch.Tensor,
+    batch: AttentionBatch,
+    kv: KVCache,
+    last: torch.Tensor | None,
+) -> torch.Tensor:
+    """Self-attention of ``normed`` [T, H]: what is added to the residual, [T, H] or [S, H]."""
+    weights = layer.weights
     q = ops.rotary_and_store(
         ops.linear(normed, weights.qkv),
-        table,
+        layer.table,
         batch,
         kv,
-        index,
+        layer.index,
         sizes.num_heads,
         weights.q_norm,
         weights.k_norm,
@@ -139,7 +183,7 @@ def attention_block(
     if last is not None:
         q, batch = q[last], _last_queries(batch, last)
     mixed = ops.attention(
-        q, kv, index, batch, sizes.attention_scale, layer.window, sizes.attention_soft_cap
+        q, kv, layer.index, batch, sizes.attention_scale, layer.window, sizes.attention_soft_cap
     )
     out = ops.linear(mixed, weights.attention_output)
     if weights.post_attention_norm is not None:
@@ -160,7 +204,7 @@ def _last_queries(batch: AttentionBatch, last: torch.Tensor) -> AttentionBatch:
     )
 
 
-def feed_forward_block(
+def _feed_forward_block(
     ops: Operators, sizes: Sizes, weights: LayerWeights, normed: torch.Tensor
 ) -> torch.Tensor:
     """The gated feed-forward block of ``normed`` [T, H]: what is added to the residual, [T, H]."""

@@ -8,6 +8,7 @@
 #include "cache.h"
 #include "parallel.h"
 #include "product.h"
+#include "rows.h"
 #include "schedule.h"
 #include "softmax.h"
 #include "vector.h"
@@ -243,7 +244,7 @@ struct Attention {
             }
         }
         begins.push_back(items.size());
-        if (schedule.partials.size() < floats) schedule.partials.resize(floats);
+        grow(schedule.partials, floats);
         parallel_for(call.threads, int64_t(items.size()), 1, [&](int64_t i) {
             const Item& item = items[i];
             int rows = (item.tile->token_end - item.tile->token_begin) * group;
@@ -273,6 +274,13 @@ struct Attention {
         });
     }
 
+    // One thread does it, while the others wait.
+    void grow(std::vector<float>& memory, size_t floats) const {
+        parallel_for(call.threads, 1, 1, [&](int64_t) {
+            if (memory.size() < floats) memory.resize(floats);
+        });
+    }
+
     static Scratch& scratch() {
         thread_local Scratch memory;
         return memory;
@@ -280,7 +288,7 @@ struct Attention {
 
     void run() const {
         if (schedule.phases.size() > 1)
-            schedule.states.resize(size_t(schedule.total_tokens) * call.num_heads * state_floats());
+            grow(schedule.states, size_t(schedule.total_tokens) * call.num_heads * state_floats());
         int heads = kv.num_kv_heads;
         for (auto& tiles : schedule.phases) {
             int64_t items = int64_t(tiles.size()) * heads;
@@ -290,7 +298,7 @@ struct Attention {
             }
             // Heads of a block are neighbours: a thread reads them in turn where there are tiles enough, and knows what
             // it reads next where there are more.
-            int64_t count = int64_t(tiles.size()), together = std::max<int64_t>(1, count / (16 * call.threads));
+            int64_t count = int64_t(tiles.size()), together = call.threads > 1 ? std::max<int64_t>(1, count / (16 * call.threads)) : count;
             int64_t grain = count >= 4 * call.threads ? together * heads : 1;
             parallel_for(call.threads, items, grain, [&](int64_t i) {
                 int64_t t = i / heads, end = grain == 1 ? t + 1 : std::min(count, (t / together + 1) * together);
@@ -300,15 +308,27 @@ struct Attention {
     }
 };
 
+void attend(const Call& call) {
+    if (call.kv->type == TYPE_INT8) return Attention<WordsTimesFours>(call).run();
+    if (call.kv->type == TYPE_FP32) return Attention<FloatsTimes<float>>(call).run();
+    if (call.kv->type == TYPE_FP16) return Attention<FloatsTimes<FP16>>(call).run();
+#if defined(__AVX512BF16__)
+    if (call.type == TYPE_BF16) return Attention<PairsTimesPairs>(call).run();
+#endif
+    Attention<FloatsTimesPairs>(call).run();
+}
+
 }  // namespace
 
-// q and out [tokens, num_heads, head_size].
-EXPORTED void batchinfer_attention(const Call* call) {
-    if (call->kv->type == TYPE_INT8) return Attention<WordsTimesFours>(*call).run();
-    if (call->kv->type == TYPE_FP32) return Attention<FloatsTimes<float>>(*call).run();
-    if (call->kv->type == TYPE_FP16) return Attention<FloatsTimes<FP16>>(*call).run();
-#if defined(__AVX512BF16__)
-    if (call->type == TYPE_BF16) return Attention<PairsTimesPairs>(*call).run();
-#endif
-    Attention<FloatsTimesPairs>(*call).run();
+// q and out [tokens, num_heads, head_size]: all tokens, or where `rows` are given those.
+EXPORTED void batchinfer_attention(const Call* call, const Rows* rows) {
+    Call part = *call;
+    if (rows) {
+        int64_t before = rows->begin * call->num_heads * call->kv->head_size;
+        part.q = behind(call->q, call->type, before);
+        part.out = behind(call->out, call->type, before);
+        part.schedule = rows->schedule;
+        part.threads = rows->threads;
+    }
+    attend(part);
 }

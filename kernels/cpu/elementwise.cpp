@@ -6,6 +6,7 @@
 #include "activation.h"
 #include "cache.h"
 #include "parallel.h"
+#include "rows.h"
 #include "vector.h"
 
 namespace {
@@ -46,9 +47,24 @@ void norm_row(const T* x, const float* weight, T* out, int64_t size, float eps) 
     scale_row(x, squares.total(), weight, out, size, eps);
 }
 
+// x [rows, size]; residual null or [rows, size]: then x is added to it and the sum normed. out may be x. weight [size].
+struct Norm {
+    const void* x;
+    void* residual;
+    const float* weight;
+    void* out;
+    int64_t rows, size;
+    float eps;
+    int32_t type, threads;
+};
+
 template <class T>
-void rms_norm(const T* x, T* residual, const float* weight, T* out, int64_t rows, int64_t size, float eps, int threads) {
-    parallel_for(threads, rows, grain_of(size), [=](int64_t row) {
+void rms_norm(const Norm& call) {
+    const T* x = static_cast<const T*>(call.x);
+    T *residual = static_cast<T*>(call.residual), *out = static_cast<T*>(call.out);
+    const float *weight = call.weight, eps = call.eps;
+    const int64_t size = call.size;
+    parallel_for(call.threads, call.rows, grain_of(size), [=](int64_t row) {
         const T* in = x + row * size;
         if (!residual) return norm_row(in, weight, out + row * size, size, eps);
         T* total = residual + row * size;
@@ -62,9 +78,21 @@ void rms_norm(const T* x, T* residual, const float* weight, T* out, int64_t rows
     });
 }
 
+// gate_up [rows, 2 * size] -> out [rows, size]; gelu: gelu_tanh in place of silu.
+struct Activation {
+    const void* gate_up;
+    void* out;
+    int64_t rows, size;
+    int32_t gelu, type, threads;
+};
+
 template <class T>
-void gated_activation(const T* gate_up, T* out, int64_t rows, int64_t size, bool gelu, int threads) {
-    parallel_for(threads, rows, grain_of(size), [=](int64_t row) {
+void gated_activation(const Activation& call) {
+    const T* gate_up = static_cast<const T*>(call.gate_up);
+    T* out = static_cast<T*>(call.out);
+    const int64_t size = call.size;
+    const bool gelu = call.gelu != 0;
+    parallel_for(call.threads, call.rows, grain_of(size), [=](int64_t row) {
         const T* gate = gate_up + row * 2 * size;
         for (int64_t i = 0; i < size; i += LANES) {
             int n = int(size - i);
@@ -74,13 +102,18 @@ void gated_activation(const T* gate_up, T* out, int64_t rows, int64_t size, bool
     });
 }
 
+// qkv [rows, (heads + 2 * kv_heads) * size]: queries to q [rows, heads, size], keys and values to the cache.
 struct Rotary {
+    const void* qkv;
+    void* q;
+    const Cache* kv;
     const float* cos_sin;
     const int64_t *positions, *slots;
     const float *q_norm, *k_norm;
-    int64_t tokens, rotated;
+    int64_t rows, rotated;
     int32_t num_heads, layer;
     float eps;
+    int32_t type, threads;
 };
 
 // Norm (where weight is given) and rotate one head of `size` into out.
@@ -151,10 +184,10 @@ void put(const T* x, bool is_key, char* tile, int offset, int size) {
 
 template <class T, class C>
 struct RotaryStore {
-    const T* qkv;
-    T* q;
     const Rotary& r;
-    const Cache& kv;
+    const T* qkv = static_cast<const T*>(r.qkv);
+    T* q = static_cast<T*>(r.q);
+    const Cache& kv = *r.kv;
     const int size = kv.head_size, heads = r.num_heads, kv_heads = kv.num_kv_heads;
 
     // A key's elements lie in as many lines as it has lanes: fetch those of a token that comes next.
@@ -173,7 +206,7 @@ struct RotaryStore {
     void token(int64_t t) const {
         const T* in = qkv + t * (heads + 2 * kv_heads) * size;
         const float* cos = r.cos_sin + r.positions[t] * r.rotated;
-        if (t + 1 < r.tokens && r.slots[t + 1] / BLOCK != r.slots[t] / BLOCK) fetch(r.slots[t + 1]);
+        if (t + 1 < r.rows && r.slots[t + 1] / BLOCK != r.slots[t] / BLOCK) fetch(r.slots[t + 1]);
         for (int h = 0; h < heads; h++)
             turn_head(in + h * size, r.q_norm, cos, r.rotated / 2, r.eps, q + (t * heads + h) * size, size);
         int64_t block = r.slots[t] / BLOCK;
@@ -188,50 +221,62 @@ struct RotaryStore {
 
     // The tokens of a block share lanes and lines of its tiles, so one thread stores them all.
     int64_t border(int64_t t) const {
-        while (t > 0 && t < r.tokens && r.slots[t] / BLOCK == r.slots[t - 1] / BLOCK) t++;
+        while (t > 0 && t < r.rows && r.slots[t] / BLOCK == r.slots[t - 1] / BLOCK) t++;
         return t;
     }
 
-    void run(int threads) const {
-        int64_t part = std::max<int64_t>(1, std::min<int64_t>(BLOCK, r.tokens / (8 * threads)));
-        parallel_for(threads, (r.tokens + part - 1) / part, 1, [&](int64_t i) {
-            int64_t end = border(std::min(r.tokens, (i + 1) * part));
+    void run() const {
+        int64_t part = std::max<int64_t>(1, std::min<int64_t>(BLOCK, r.rows / (8 * r.threads)));
+        parallel_for(r.threads, (r.rows + part - 1) / part, 1, [&](int64_t i) {
+            int64_t end = border(std::min(r.rows, (i + 1) * part));
             for (int64_t t = border(i * part); t < end; t++) token(t);
         });
     }
 };
 
 template <class T>
-void rotary_and_store(const T* qkv, T* q, const Rotary& r, const Cache& kv, int threads) {
-    if (kv.type == TYPE_INT8) return RotaryStore<T, int8_t>{qkv, q, r, kv}.run(threads);
-    with_type(kv.type, [&](auto tag) { RotaryStore<T, decltype(tag)>{qkv, q, r, kv}.run(threads); });
+void rotary_and_store(const Rotary& call) {
+    if (call.kv->type == TYPE_INT8) return RotaryStore<T, int8_t>{call}.run();
+    with_type(call.kv->type, [&](auto tag) { RotaryStore<T, decltype(tag)>{call}.run(); });
 }
 
 }  // namespace
 
-// x [rows, size]; residual null or [rows, size]: then x is added to it and the sum normed. out may be x. weight fp32 [size].
-EXPORTED void batchinfer_rms_norm(int type, const void* x, void* residual, const float* weight, void* out, int64_t rows,
-                                  int64_t size, float eps, int threads) {
-    with_type(type, [=](auto tag) {
-        using T = decltype(tag);
-        rms_norm((const T*)x, (T*)residual, weight, (T*)out, rows, size, eps, threads);
-    });
+// The kernels compute all rows of their call, or where `rows` are given those.
+EXPORTED void batchinfer_rms_norm(const Norm* call, const Rows* rows) {
+    Norm part = *call;
+    if (rows) {
+        int64_t before = rows->begin * call->size;
+        part.x = behind(call->x, call->type, before);
+        part.out = behind(call->out, call->type, before);
+        if (call->residual) part.residual = behind(call->residual, call->type, before);
+        part.rows = rows->count;
+        part.threads = rows->threads;
+    }
+    with_type(call->type, [&](auto tag) { rms_norm<decltype(tag)>(part); });
 }
 
-// gate_up [rows, 2 * size] -> out [rows, size]; gelu: gelu_tanh in place of silu.
-EXPORTED void batchinfer_gated_activation(int type, const void* gate_up, void* out, int64_t rows, int64_t size, int gelu,
-                                 int threads) {
-    with_type(type, [=](auto tag) {
-        using T = decltype(tag);
-        gated_activation((const T*)gate_up, (T*)out, rows, size, gelu != 0, threads);
-    });
+EXPORTED void batchinfer_gated_activation(const Activation* call, const Rows* rows) {
+    Activation part = *call;
+    if (rows) {
+        part.gate_up = behind(call->gate_up, call->type, 2 * rows->begin * call->size);
+        part.out = behind(call->out, call->type, rows->begin * call->size);
+        part.rows = rows->count;
+        part.threads = rows->threads;
+    }
+    with_type(call->type, [&](auto tag) { gated_activation<decltype(tag)>(part); });
 }
 
-// qkv [tokens, (heads + 2 * kv_heads) * size]: queries to q [tokens, heads, size], keys and values to the cache.
-EXPORTED void batchinfer_rotary_and_store(int type, const void* qkv, void* q, const Rotary* rotary, const Cache* kv,
-                                          int threads) {
-    with_type(type, [=](auto tag) {
-        using T = decltype(tag);
-        rotary_and_store((const T*)qkv, (T*)q, *rotary, *kv, threads);
-    });
+EXPORTED void batchinfer_rotary_and_store(const Rotary* call, const Rows* rows) {
+    Rotary part = *call;
+    if (rows) {
+        int64_t size = call->kv->head_size, all = call->num_heads + 2 * call->kv->num_kv_heads;
+        part.qkv = behind(call->qkv, call->type, rows->begin * all * size);
+        part.q = behind(call->q, call->type, rows->begin * call->num_heads * size);
+        part.positions = rows->positions;
+        part.slots = rows->slots;
+        part.rows = rows->count;
+        part.threads = rows->threads;
+    }
+    with_type(call->type, [&](auto tag) { rotary_and_store<decltype(tag)>(part); });
 }

@@ -11,6 +11,7 @@
 #include "activation.h"
 #include "parallel.h"
 #include "rotated.h"
+#include "rows.h"
 #include "vector.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
@@ -217,27 +218,45 @@ struct Product {
             int64_t enough = (8 * call.threads + items - 1) / items;
             if (blocks < enough) blocks = std::min((enough + parts - 1) / parts * parts, (call.rows + ROWS - 1) / ROWS);
         }
-        parallel_phases(
-            call.threads, P::INPUTS == 4 ? call.rows : 0, 8, [&](int64_t row) { quantize(row); }, items * blocks,
-            [&](int64_t n) {
-                int64_t i = n % items, b = n / items;
-                run_item(i, b * call.rows / blocks, (b + 1) * call.rows / blocks, (i + 1) % items);
-            });
+        auto multiply = [&](int64_t n) {
+            int64_t i = n % items, b = n / items;
+            run_item(i, b * call.rows / blocks, (b + 1) * call.rows / blocks, (i + 1) % items);
+        };
+        if (P::INPUTS == 2) return parallel_for(call.threads, items * blocks, 1, multiply);
+        together(call.threads, [&] {
+            parallel_for(call.threads, call.rows, 8, [&](int64_t row) { quantize(row); });
+            parallel_for(call.threads, items * blocks, 1, multiply);
+        });
     }
 };
+
+template <class P>
+void multiply(const Call& call, const Rows* rows) {
+    Call part = call;
+    if (rows) {
+        int64_t groups = (call.in + GROUP - 1) / GROUP, width = call.activation < 0 ? call.out_features : call.out_features / 2;
+        part.x = behind(call.x, call.x_type, rows->begin * call.in);
+        part.out = behind(call.out, call.type, rows->begin * width);
+        part.scratch = static_cast<char*>(call.scratch) + rows->begin * groups * int64_t(GROUP + sizeof(Group));
+        part.rows = rows->count;
+        part.threads = rows->threads;
+    }
+    Product<P>(part).run();
+}
 
 }  // namespace
 
 // x [rows, in] -> out [rows, out_features]; with an activation [rows, out_features / 2], of the first half (the gates)
 // times the second, out_features a multiple of 64. x is bf16 and in even, or for bytes of any type and size.
+// All rows, or where `rows` are given those.
 EXPORTED int batchinfer_multiplies() { return 1; }
-EXPORTED void batchinfer_linear(const Call* call) { Product<Pairs>(*call).run(); }
-EXPORTED void batchinfer_linear_int8(const Call* call) { Product<Fours>(*call).run(); }
+EXPORTED void batchinfer_linear(const Call* call, const Rows* rows) { multiply<Pairs>(*call, rows); }
+EXPORTED void batchinfer_linear_int8(const Call* call, const Rows* rows) { multiply<Fours>(*call, rows); }
 
 #else
 
 EXPORTED int batchinfer_multiplies() { return 0; }
-EXPORTED void batchinfer_linear(const void*) {}
-EXPORTED void batchinfer_linear_int8(const void*) {}
+EXPORTED void batchinfer_linear(const void*, const void*) {}
+EXPORTED void batchinfer_linear_int8(const void*, const void*) {}
 
 #endif

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from batchinfer.kernels.cpu.build import Level, cpu_flags
-from batchinfer.kernels.cpu.library import TYPES, Attention, Batch, Cache, Library, Rotary
+from batchinfer.kernels.cpu.library import (
+    TYPES,
+    Activation,
+    Attention,
+    Batch,
+    Cache,
+    Library,
+    Norm,
+    Rotary,
+)
 from batchinfer.kernels.cpu.onednn import Int8Linear, Linear
 from batchinfer.kernels.cpu.pages import huge_pages, keep_freed_memory
 from batchinfer.kernels.cpu.panels import PanelInt8Linear, PanelLinear
-from batchinfer.kernels.ops import AttentionBatch, KVCache, KVSpec, PackedLinear
+from batchinfer.kernels.cpu.recording import Calls, Recording, Unrecordable
+from batchinfer.kernels.ops import AttentionBatch, KVCache, KVSpec, LayersWork, PackedLinear
 
 # The tokens of a block, BLOCK in cache.h.
 _BLOCK = 32
@@ -35,18 +48,9 @@ class Schedule:
     """What attention computes in one step, worked out once for all its layers."""
 
     def __init__(self, library: Library, batch: AttentionBatch, group: int) -> None:
-        starts, contexts = batch.query_starts.contiguous(), batch.context_lens.contiguous()
-        tables = batch.block_tables.contiguous()
-        view = Batch(
-            starts.data_ptr(),
-            contexts.data_ptr(),
-            tables.data_ptr(),
-            tables.shape[1],
-            len(contexts),
-            group,
-        )
         self.batch, self.group = batch, group
-        self.address: int = library.make_schedule(ctypes.byref(view))
+        sequences, _held = Batch.of(batch, group)
+        self.address: int = library.make_schedule(ctypes.byref(sequences))
         self._library = library
 
     @property
@@ -70,6 +74,7 @@ class CPUOperators:
         self._library = Library(level)
         keep_freed_memory()
         self._schedule: Schedule | None = None
+        self._calls: Calls | None = None
         # oneDNN multiplies in the tiles of a CPU that has them, at several times the vectors' rate.
         own, flags = bool(self._library.multiplies()), cpu_flags()
         self._own_bf16, self._own_int8 = own and "amx_bf16" not in flags, own and "amx_int8" not in flags
@@ -138,38 +143,39 @@ class CPUOperators:
     def linear(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
         """[T, in] -> [T, out]."""
         if isinstance(weight, PanelLinear | PanelInt8Linear):
-            return weight.apply(x, None, x.dtype)
+            return self._multiply(x, weight, None, x.dtype)
         assert isinstance(weight, Linear | Int8Linear)
+        if self._calls is not None:
+            raise Unrecordable
         return weight.apply(x)
 
     def gated_linear(self, x: torch.Tensor, weight: PackedLinear, kind: str) -> torch.Tensor:
         """[T, in] -> [T, out / 2], the activation in the product's own pass where that is ours."""
         if isinstance(weight, PanelLinear | PanelInt8Linear) and weight.gates and kind in _ACTIVATIONS:
-            return weight.apply(x, kind, x.dtype)
+            return self._multiply(x, weight, kind, x.dtype)
         return self.gated_activation(self.linear(x, weight), kind)
 
     def logits(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
         """[n, in] -> fp32 [n, out], the sums of our own products as they are."""
         if isinstance(weight, PanelLinear | PanelInt8Linear):
-            return weight.apply(x, None, torch.float32)
+            return self._multiply(x, weight, None, torch.float32)
         return self.linear(x, weight).float()
+
+    def _multiply(
+        self, x: torch.Tensor, weight: PanelLinear | PanelInt8Linear, kind: str | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """[T, in] -> [T, out] of ``dtype``; with the activation ``kind``, gated: [T, out / 2]."""
+        x, rows = x.contiguous(), x.shape[0]
+        out = self._empty((rows, weight.out_features // (1 if kind is None else 2)), dtype)
+        scratch = self._empty((weight.scratch_bytes(rows),), torch.uint8)
+        self._do(weight.kernel, weight.call(x, out, scratch, kind))
+        return out
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Over the last dimension, in fp32 inside."""
         x = x.contiguous()
-        out = torch.empty_like(x)
-        size = x.shape[-1]
-        self._library.rms_norm(
-            TYPES[x.dtype],
-            x.data_ptr(),
-            None,
-            weight.data_ptr(),
-            out.data_ptr(),
-            x.numel() // size,
-            size,
-            eps,
-            torch.get_num_threads(),
-        )
+        out = self._empty(x.shape, x.dtype)
+        self._norm(x, None, weight, out, eps)
         return out
 
     def add_rms_norm(
@@ -177,19 +183,30 @@ class CPUOperators:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(normed, sum), written over the arguments."""
         x, residual = x.contiguous(), residual.contiguous()
+        self._norm(x, residual, weight, x, eps)
+        return x, residual
+
+    def _norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        out: torch.Tensor,
+        eps: float,
+    ) -> None:
         size = x.shape[-1]
-        self._library.rms_norm(
-            TYPES[x.dtype],
+        call = Norm(
             x.data_ptr(),
-            residual.data_ptr(),
+            None if residual is None else residual.data_ptr(),
             weight.data_ptr(),
-            x.data_ptr(),
+            out.data_ptr(),
             x.numel() // size,
             size,
             eps,
+            TYPES[x.dtype],
             torch.get_num_threads(),
         )
-        return x, residual
+        self._do(self._library.rms_norm, call)
 
     def rotary_and_store(
         self,
@@ -207,8 +224,11 @@ class CPUOperators:
         assert isinstance(kv, CPUKVCache)
         qkv = qkv.contiguous()
         tokens = qkv.shape[0]
-        q = qkv.new_empty(tokens, num_heads, kv.spec.head_size)
-        rotary = Rotary(
+        q = self._empty((tokens, num_heads, kv.spec.head_size), qkv.dtype)
+        call = Rotary(
+            qkv.data_ptr(),
+            q.data_ptr(),
+            ctypes.addressof(kv._view),
             cos_sin.data_ptr(),
             batch.positions.data_ptr(),
             batch.slots.data_ptr(),
@@ -219,15 +239,10 @@ class CPUOperators:
             num_heads,
             layer,
             eps,
-        )
-        self._library.rotary_and_store(
             TYPES[qkv.dtype],
-            qkv.data_ptr(),
-            q.data_ptr(),
-            ctypes.byref(rotary),
-            ctypes.byref(kv._view),
             torch.get_num_threads(),
         )
+        self._do(self._library.rotary_and_store, call)
         return q
 
     def attention(
@@ -244,12 +259,13 @@ class CPUOperators:
         assert isinstance(kv, CPUKVCache)
         q = q.contiguous()
         tokens, num_heads, head_size = q.shape
-        out = q.new_empty(tokens, num_heads * head_size)
+        out = self._empty((tokens, num_heads * head_size), q.dtype)
+        group = num_heads // kv.spec.num_kv_heads
         call = Attention(
             q.data_ptr(),
             out.data_ptr(),
             ctypes.addressof(kv._view),
-            self.schedule(batch, num_heads // kv.spec.num_kv_heads).address,
+            None if self._calls is not None else self.schedule(batch, group).address,
             scale,
             soft_cap,
             TYPES[q.dtype],
@@ -258,7 +274,7 @@ class CPUOperators:
             window,
             torch.get_num_threads(),
         )
-        self._library.attention(ctypes.byref(call))
+        self._do(self._library.attention, call)
         return out
 
     def schedule(self, batch: AttentionBatch, group: int) -> Schedule:
@@ -274,16 +290,17 @@ class CPUOperators:
             raise ValueError(f"Unknown activation {kind!r}.")
         gate_up = gate_up.contiguous()
         rows, width = gate_up.shape
-        out = gate_up.new_empty(rows, width // 2)
-        self._library.gated_activation(
-            TYPES[gate_up.dtype],
+        out = self._empty((rows, width // 2), gate_up.dtype)
+        call = Activation(
             gate_up.data_ptr(),
             out.data_ptr(),
             rows,
             width // 2,
             _ACTIVATIONS[kind],
+            TYPES[gate_up.dtype],
             torch.get_num_threads(),
         )
+        self._do(self._library.gated_activation, call)
         return out
 
     def sample(
@@ -307,6 +324,30 @@ class CPUOperators:
             torch.get_num_threads(),
         )
         return tokens
+
+    def recorded(self, work: LayersWork) -> LayersWork:
+        """See :class:`~batchinfer.kernels.ops.RecordingOperators`."""
+        return Recording(self._library, self.recording, work)
+
+    @contextmanager
+    def recording(self, calls: Calls) -> Iterator[None]:
+        """Write kernels' calls down in ``calls`` instead of making them."""
+        self._calls = calls
+        try:
+            yield
+        finally:
+            self._calls = None
+
+    def _do(self, kernel: Any, call: ctypes.Structure) -> None:
+        if self._calls is None:
+            kernel(ctypes.byref(call), None)
+        else:
+            self._calls.add(kernel, call)
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if self._calls is None:
+            return torch.empty(shape, dtype=dtype)
+        return self._calls.arena.empty(shape, dtype)
 
 
 def load(level: Level | None = None) -> CPUOperators:

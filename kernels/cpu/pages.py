@@ -17,10 +17,15 @@ def huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
     A step reads more of weights and cache than small pages are looked up fast for.
     """
-    size = math.prod(shape) * dtype.itemsize
-    pages = mmap.mmap(-1, max(size, 1))
-    pages.madvise(mmap.MADV_HUGEPAGE)
+    pages = mapped(max(1, math.prod(shape) * dtype.itemsize))
     return torch.frombuffer(pages, dtype=dtype, count=math.prod(shape)).view(shape)
+
+
+def mapped(size: int) -> mmap.mmap:
+    """``size`` bytes of zeros, in huge pages where the system has them."""
+    pages = mmap.mmap(-1, size)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
 
 
 def keep_freed_memory() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,12 +47,18 @@ class PanelLinear:
         """Whether its gates and its ups both end with a panel, so that one pass multiplies them."""
         return self.out_features % (2 * _PANEL) == 0
 
-    def apply(self, x: torch.Tensor, kind: str | None, dtype: torch.dtype) -> torch.Tensor:
-        """bf16 [T, in] -> [T, out] of ``dtype``; with the activation ``kind``, gated: [T, out / 2]."""
-        x = x.contiguous()
-        out = x.new_empty(x.shape[0], self.out_features // (1 if kind is None else 2), dtype=dtype)
-        self.library.linear(_filled(self._call, x, out, kind))
-        return out
+    @property
+    def kernel(self) -> Any:
+        """What takes its calls."""
+        return self.library.linear
+
+    def scratch_bytes(self, rows: int) -> int:
+        """None."""
+        return 0
+
+    def call(self, x: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor, kind: str | None) -> Product:
+        """bf16 ``x`` [T, in] -> ``out`` [T, out]; with the activation ``kind``, gated: [T, out / 2]."""
+        return _filled(self._call, x, out, kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +94,22 @@ class PanelInt8Linear:
         """Whether its gates and its ups both end with a panel, so that one pass multiplies them."""
         return self.out_features % (2 * _PANEL) == 0
 
-    def apply(self, x: torch.Tensor, kind: str | None, dtype: torch.dtype) -> torch.Tensor:
-        """[T, in] -> [T, out] of ``dtype``; with the activation ``kind``, gated: [T, out / 2]."""
-        x, rows = x.contiguous(), x.shape[0]
-        out = x.new_empty(rows, self.out_features // (1 if kind is None else 2), dtype=dtype)
-        groups = -(-self.in_features // _GROUP)
-        scratch = x.new_empty(rows * groups * (_GROUP + _GROUP_BYTES), dtype=torch.uint8)
+    @property
+    def kernel(self) -> Any:
+        """What takes its calls."""
+        return self.library.linear_int8
+
+    def scratch_bytes(self, rows: int) -> int:
+        """For the rows' bytes and scales."""
+        return rows * -(-self.in_features // _GROUP) * (_GROUP + _GROUP_BYTES)
+
+    def call(self, x: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor, kind: str | None) -> Product:
+        """``x`` [T, in] -> ``out`` [T, out]; with the activation ``kind``, gated: [T, out / 2].
+
+        ``scratch`` uint8, as much as ``scratch_bytes`` says.
+        """
         self._call.scratch = scratch.data_ptr()
-        self.library.linear_int8(_filled(self._call, x, out, kind))
-        return out
+        return _filled(self._call, x, out, kind)
 
 
 def turned(weight: torch.Tensor) -> torch.Tensor:
@@ -141,9 +153,9 @@ def _product(
     )
 
 
-def _filled(call: Product, x: torch.Tensor, out: torch.Tensor, kind: str | None) -> Any:
-    """``call`` with this input and output, as a C function takes it."""
+def _filled(call: Product, x: torch.Tensor, out: torch.Tensor, kind: str | None) -> Product:
+    """``call`` with this input and output."""
     call.x, call.x_type, call.rows = x.data_ptr(), TYPES[x.dtype], x.shape[0]
     call.out, call.type, call.activation = out.data_ptr(), TYPES[out.dtype], _ACTIVATIONS[kind]
     call.threads = torch.get_num_threads()
-    return ctypes.byref(call)
+    return call

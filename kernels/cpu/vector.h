@@ -320,6 +320,10 @@ inline Floats logarithm(Floats x) {
 }
 
 enum Type : int32_t { TYPE_FP32 = 0, TYPE_BF16 = 1, TYPE_FP16 = 2, TYPE_INT8 = 3 };
+inline int64_t size_of(int type) { return type == TYPE_FP32 ? 4 : type == TYPE_INT8 ? 1 : 2; }
+// Behind `count` elements of a type.
+inline void* behind(void* p, int type, int64_t count) { return static_cast<char*>(p) + count * size_of(type); }
+inline const void* behind(const void* p, int type, int64_t count) { return static_cast<const char*>(p) + count * size_of(type); }
 
 // Calls work with a value of the floating-point type that the code names.
 template <class Work>
