@@ -231,20 +231,28 @@ class TorchRunner:
             rows = plan.rows[entries]
             positions = plan.starts[entries] + plan.num_tokens[entries]
             every = len(entries) == len(last)
-            logits = self._decoder.logits(last if every else last[to_device(entries, self._device)])
-            # On a CPU a logit that is no number or plus infinity is chosen before any other, unless the
-            # sampler masks it: then nothing else needs to be looked at.
-            kept = self._device.type == "cpu" and bool(self._keeps_logits[rows].all())
-            if not kept:
-                finite.append(logits.amax(-1).isfinite())
+            hidden = last if every else last[to_device(entries, self._device)]
             wanted = np.flatnonzero(self._logprobs[rows] >= 0)
-            if len(wanted):
-                # The sampler overwrites the logits; log-probabilities are of the raw ones.
-                index = to_device(wanted, self._device)
-                raw = logits[index]
-            chosen = self._sampler.sample(logits, rows, positions, table)
-            if kept:
-                finite.append(logits.gather(1, chosen[:, None])[:, 0].isfinite())
+            best = None
+            if not len(wanted) and self._sampler.takes_best(rows):
+                best = self._decoder.best_logits(hidden)
+            if best is not None:
+                chosen, values = best
+                finite.append(values.isfinite())
+            else:
+                logits = self._decoder.logits(hidden)
+                # On a CPU a logit that is no number or plus infinity is chosen before any other, unless the
+                # sampler masks it: then nothing else needs to be looked at.
+                kept = self._device.type == "cpu" and bool(self._keeps_logits[rows].all())
+                if not kept:
+                    finite.append(logits.amax(-1).isfinite())
+                if len(wanted):
+                    # The sampler overwrites the logits; log-probabilities are of the raw ones.
+                    index = to_device(wanted, self._device)
+                    raw = logits[index]
+                chosen = self._sampler.sample(logits, rows, positions, table)
+                if kept:
+                    finite.append(logits.gather(1, chosen[:, None])[:, 0].isfinite())
             table[to_device(rows, self._device).long(), to_device(positions, self._device).long()] = (
                 chosen.int()
             )

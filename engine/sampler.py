@@ -125,6 +125,11 @@ class Sampler:
         self._filtered[row] = not greedy and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0)
         self._edited[row] = bool(params.logit_bias) or params.min_tokens > 0
 
+    def takes_best(self, rows: npt.NDArray[np.int32]) -> bool:
+        """Whether each of ``rows`` [n] is given the token of its largest logit, as the model has them."""
+        changed = self._penalized[rows] | self._edited[rows] | (self._floats["temperature"][rows] > 0)
+        return not changed.any()
+
     def sample(
         self,
         logits: torch.Tensor,

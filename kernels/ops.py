@@ -208,6 +208,19 @@ class FilterOperator(Protocol):
         ...
 
 
+@runtime_checkable
+class BestLogitsOperator(Protocol):
+    """Operators that find the best token without writing all logits to memory."""
+
+    def best_logits(
+        self, x: torch.Tensor, weight: PackedLinear
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Of ``logits`` of ``x`` [n, in]: what ``sample`` chooses at temperature 0, int64 [n], and the
+        logits of these, fp32 [n]. None where ``weight`` has no product that can.
+        """
+        ...
+
+
 class LayersWork(Protocol):
     """Some layers of a model, by the methods of operators alone."""
 

@@ -206,3 +206,39 @@ def test_a_team_of_fewer_threads_than_were_asked_for_does_everything() -> None:
     """The runtime may give fewer: then those take over what the others were to do."""
     environment = {**os.environ, "OMP_THREAD_LIMIT": "1"}
     subprocess.run([sys.executable, "-P", "-c", SMALLER_TEAM], env=environment, check=True, timeout=300)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize(("out", "into"), [(1, 64), (17, 64), (64, 128), (200, 64), (1000, 64)])
+def test_the_best_logits_are_those_that_sampling_would_choose(
+    ops: CPUOperators, out: int, into: int, quantize: str | None
+) -> None:
+    """Whatever the logits are: equal, infinite, no numbers, with rows shared by threads in any way."""
+    rng = torch.Generator().manual_seed(out)
+    weight = torch.randn(out, into, generator=rng).bfloat16()
+    weight[out // 2 :] = weight[: out - out // 2].clone()  # each logit twice
+    damage = {"none": [], "low": [-torch.inf], "high": [torch.inf], "odd": [torch.nan, torch.inf]}
+    for kind, values in damage.items():
+        bias = torch.zeros(out)
+        for i, value in enumerate(values):
+            bias[out // 3 - i :: 7] = value
+        if kind == "low":
+            bias[: -(-out // 2)] = -torch.inf
+        packed = ops.pack_linear(weight, bias.bfloat16(), quantize)
+        if not isinstance(packed, PanelLinear | PanelInt8Linear):
+            assert ops.best_logits(torch.zeros(1, into).bfloat16(), packed) is None
+            continue
+        for rows in (0, 1, 6, 7, 65, 131):
+            x = torch.randn(rows, into, generator=rng).bfloat16()
+            x[rows // 2 : rows // 2 + 1] = torch.nan
+            x[rows // 3 : rows // 3 + 1] = 0
+            logits = ops.logits(x, packed)
+            nothing = torch.zeros(rows, 2, dtype=torch.int64)
+            expected = ops.sample(logits, torch.zeros(rows), nothing, nothing[:, 0])
+            for count in (1, 2, 3):
+                with threads(count):
+                    best = ops.best_logits(x, packed)
+                assert best is not None
+                assert torch.equal(best[0], expected)
+                values = logits.gather(1, expected[:, None])[:, 0]
+                assert torch.equal(best[1].nan_to_num(9e9), values.nan_to_num(9e9))

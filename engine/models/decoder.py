@@ -18,6 +18,7 @@ from batchinfer.engine.models.layers import (
 )
 from batchinfer.kernels.ops import (
     AttentionBatch,
+    BestLogitsOperator,
     KVCache,
     KVSpec,
     LayersWork,
@@ -164,6 +165,16 @@ class Decoder:
         logits = self._ops.logits(hidden, self._head)
         cap = self.config.final_soft_cap
         return cap * torch.tanh(logits / cap) if cap > 0.0 else logits
+
+    def best_logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Each row's best token by its logits, int64 [n], and that logit, fp32 [n].
+
+        None where the logits have to be computed for it: by operators that can't do without, and where
+        they are capped, as the cap may round two of them to one.
+        """
+        if self.config.final_soft_cap > 0.0 or not isinstance(self._ops, BestLogitsOperator):
+            return None
+        return self._ops.best_logits(hidden, self._head)
 
     def _load_layer(self, name: str) -> LayerWeights:
         config = self.config

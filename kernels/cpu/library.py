@@ -181,6 +181,8 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "multiplies": (_Int, ()),
     "linear": (None, (ctypes.POINTER(Product), _Address)),
     "linear_int8": (None, (ctypes.POINTER(Product), _Address)),
+    "choose": (None, (ctypes.POINTER(Product), _Address, _Address)),
+    "choose_int8": (None, (ctypes.POINTER(Product), _Address, _Address)),
     "most_rests": (_Long, (_Long,)),
     "quantize_rows": (None, (_Int, *[_Address] * 5, _Long, _Long, _Int, _Int)),
     "finish_rows": (None, (_Int, *[_Address] * 8, _Long, _Long, _Long, _Int)),

@@ -7,6 +7,8 @@
 // the inputs in one order, so a row's result depends neither on the rows beside it nor on the number of threads, to the
 // bit.
 #include <algorithm>
+#include <cmath>
+#include <vector>
 
 #include "activation.h"
 #include "parallel.h"
@@ -30,6 +32,36 @@ struct Call {
     void *out, *scratch;         // scratch: for the rows' bytes and groups, GROUP + sizeof(Group) for each group
     int64_t rows, in, out_features;
     int32_t x_type, type, activation, threads;  // activation: -1 none, 0 silu, 1 gelu_tanh
+};
+
+// The largest of a row's outputs that came by, lane by lane: of equal ones the first. And the first that is no number.
+struct Choice {
+    Floats best = splat(-INFINITY);
+    Ints column = splat_int(INT32_MAX);
+    int32_t poison = INT32_MAX;
+
+    void take(__mmask16 some, Floats x, Ints columns) {
+        __mmask16 equal = _mm512_cmp_ps_mask(x, best, _CMP_EQ_OQ) & _mm512_cmplt_epi32_mask(columns, column);
+        __mmask16 better = some & (_mm512_cmp_ps_mask(x, best, _CMP_GT_OQ) | equal);
+        best = _mm512_mask_blend_ps(better, best, x);
+        column = _mm512_mask_blend_epi32(better, column, columns);
+    }
+    // `left` outputs from `first` on.
+    void add(Floats x, int32_t first, int left) {
+        __mmask16 some = left < LANES ? __mmask16((1 << left) - 1) : __mmask16(0xffff);
+        take(some, x, add_int(splat_int(first), iota()));
+        __mmask16 no_number = some & _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+        if (no_number) poison = std::min(poison, first + __builtin_ctz(no_number));
+    }
+    void add(const Choice& other) {
+        take(0xffff, other.best, other.column);
+        poison = std::min(poison, other.poison);
+    }
+    float value() const { return poison < INT32_MAX ? NAN : largest(best); }
+    int32_t chosen() const {
+        if (poison < INT32_MAX) return poison;
+        return _mm512_mask_reduce_min_epi32(_mm512_cmp_ps_mask(best, splat(largest(best)), _CMP_EQ_OQ), column);
+    }
 };
 
 // A few rows against two panels. With each pass over the steps a line a step is fetched from its `ahead` on, and the rows
@@ -135,13 +167,15 @@ struct Product {
     const int64_t groups, steps, stride, items;
     const char* x;
     Group* row_groups;
+    Choice* choices;  // of each thread, of each row; or null: outputs are written
 
-    explicit Product(const Call& c)
+    explicit Product(const Call& c, Choice* choices = nullptr)
         : call(c), gated(c.activation >= 0), groups((c.in + GROUP - 1) / GROUP),
           steps(P::INPUTS == 4 ? groups * GROUP / 4 : c.in / 2), stride(steps * 4),
           items(gated ? c.out_features / (2 * PANEL) : (c.out_features + 2 * PANEL - 1) / (2 * PANEL)),
           x(static_cast<const char*>(P::INPUTS == 4 ? c.scratch : c.x)),
-          row_groups(P::INPUTS == 4 ? reinterpret_cast<Group*>(static_cast<char*>(c.scratch) + c.rows * stride) : nullptr) {}
+          row_groups(P::INPUTS == 4 ? reinterpret_cast<Group*>(static_cast<char*>(c.scratch) + c.rows * stride) : nullptr),
+          choices(choices) {}
 
     // The two panels of item i: neighbours, or a gate's and its up's.
     int64_t low(int64_t i) const { return gated ? i : 2 * i; }
@@ -174,6 +208,17 @@ struct Product {
         }
     }
 
+    void choose(int64_t i, int64_t row, int count, const Floats sums[ROWS][VECTORS]) const {
+        Choice* own = choices + omp_get_thread_num() * call.rows + row;
+        for (int r = 0; r < count; r++) {
+            int64_t column = i * 2 * PANEL;
+            for (int c = 0; c < VECTORS && column < call.out_features; c++, column += LANES) {
+                int left = int(std::min<int64_t>(call.out_features - column, LANES));
+                own[r].add(finished(sums[r][c], column, left), int32_t(column), left);
+            }
+        }
+    }
+
     // The n-th quarter of what item i reads: its tiles before fetch a quarter with each pass over the steps.
     const char* quarter(int64_t i, int64_t n) const { return panel(n < 2 ? low(i) : high(i)) + n % 2 * steps * 64; }
 
@@ -193,7 +238,10 @@ struct Product {
                 tile.ahead[n] = pass < 4 ? quarter(next, pass) : panel(low(i));
             }
             variants[count - 1](tile, sums);
-            with_type(call.type, [&](auto tag) { finish<decltype(tag)>(i, row, int(count), sums); });
+            if (choices)
+                choose(i, row, int(count), sums);
+            else
+                with_type(call.type, [&](auto tag) { finish<decltype(tag)>(i, row, int(count), sums); });
         }
     }
 
@@ -244,6 +292,19 @@ void multiply(const Call& call, const Rows* rows) {
     Product<P>(part).run();
 }
 
+// The column of each row's largest output, of equal ones the first, and what it is.
+template <class P>
+void choose(const Call& call, int64_t* chosen, float* values) {
+    std::vector<Choice> choices(std::max(call.threads, 1) * call.rows);
+    Product<P>(call, choices.data()).run();
+    for (int64_t row = 0; row < call.rows; row++) {
+        Choice& choice = choices[row];
+        for (int t = 1; t < call.threads; t++) choice.add(choices[t * call.rows + row]);
+        chosen[row] = choice.chosen();
+        values[row] = choice.value();
+    }
+}
+
 }  // namespace
 
 // x [rows, in] -> out [rows, out_features]; with an activation [rows, out_features / 2], of the first half (the gates)
@@ -253,10 +314,18 @@ EXPORTED int batchinfer_multiplies() { return 1; }
 EXPORTED void batchinfer_linear(const Call* call, const Rows* rows) { multiply<Pairs>(*call, rows); }
 EXPORTED void batchinfer_linear_int8(const Call* call, const Rows* rows) { multiply<Fours>(*call, rows); }
 
+// Of all rows chosen and values, both [rows]: what sampling without noise chooses from fp32 outputs. No activation.
+EXPORTED void batchinfer_choose(const Call* call, int64_t* chosen, float* values) { choose<Pairs>(*call, chosen, values); }
+EXPORTED void batchinfer_choose_int8(const Call* call, int64_t* chosen, float* values) {
+    choose<Fours>(*call, chosen, values);
+}
+
 #else
 
 EXPORTED int batchinfer_multiplies() { return 0; }
 EXPORTED void batchinfer_linear(const void*, const void*) {}
 EXPORTED void batchinfer_linear_int8(const void*, const void*) {}
+EXPORTED void batchinfer_choose(const void*, int64_t*, float*) {}
+EXPORTED void batchinfer_choose_int8(const void*, int64_t*, float*) {}
 
 #endif

@@ -161,6 +161,19 @@ class CPUOperators:
             return self._multiply(x, weight, None, torch.float32)
         return self.linear(x, weight).float()
 
+    def best_logits(
+        self, x: torch.Tensor, weight: PackedLinear
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """See :class:`~batchinfer.kernels.ops.BestLogitsOperator`; of our own products."""
+        if not isinstance(weight, PanelLinear | PanelInt8Linear):
+            return None
+        x, rows = x.contiguous(), x.shape[0]
+        tokens, values = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+        scratch = torch.empty(weight.scratch_bytes(rows), dtype=torch.uint8)
+        call = weight.call(x, values, scratch, None)
+        weight.choice(ctypes.byref(call), tokens.data_ptr(), values.data_ptr())
+        return tokens, values
+
     def _multiply(
         self, x: torch.Tensor, weight: PanelLinear | PanelInt8Linear, kind: str | None, dtype: torch.dtype
     ) -> torch.Tensor:

@@ -52,6 +52,11 @@ class PanelLinear:
         """What takes its calls."""
         return self.library.linear
 
+    @property
+    def choice(self) -> Any:
+        """What takes its calls where only each row's largest output is asked for."""
+        return self.library.choose
+
     def scratch_bytes(self, rows: int) -> int:
         """None."""
         return 0
@@ -98,6 +103,11 @@ class PanelInt8Linear:
     def kernel(self) -> Any:
         """What takes its calls."""
         return self.library.linear_int8
+
+    @property
+    def choice(self) -> Any:
+        """What takes its calls where only each row's largest output is asked for."""
+        return self.library.choose_int8
 
     def scratch_bytes(self, rows: int) -> int:
         """For the rows' bytes and scales."""
