@@ -27,6 +27,7 @@ class BlockPool:
         self.num_free = num_blocks
         self.num_owed = 0
         self.num_idle = 0
+        self.num_fresh = num_blocks  # free ones that nobody has had yet
         # A stack: the blocks freed last are given out first, the lowest ids at the start.
         self._free = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)
 
@@ -37,6 +38,7 @@ class BlockPool:
         top = self.num_free
         ids = self._free[top - count : top][::-1].copy()
         self.num_free -= count
+        self.num_fresh = min(self.num_fresh, self.num_free)
         self.references[ids] = 1
         return ids
 
@@ -95,6 +97,8 @@ class BlockPool:
         is_free = np.zeros(self.num_blocks, np.bool_)
         is_free[free] = True
         assert int(is_free.sum()) == self.num_free, "a block is in the free list twice"
+        fresh = np.arange(self.num_blocks - 1, self.num_blocks - 1 - self.num_fresh, -1)
+        assert (free[: self.num_fresh] == fresh).all(), "fresh blocks aren't at the bottom of the stack"
         assert (self.references >= 0).all() and (self.writers >= 0).all(), "a negative count"
         assert (is_free == ((self.references == 0) & (self.writers == 0))).all(), (
             "the free list disagrees with the counts"

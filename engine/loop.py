@@ -100,6 +100,7 @@ class EngineLoop:
             max_batch_tokens=config.max_batch_tokens,
             max_context=runner.max_context,
             prefix_cache=config.prefix_cache,
+            spare_fresh_blocks=runner.fresh_blocks_cost,
         )
         self._launched: deque[_Launched] = deque()
         self._unfinished: dict[int, dict[int, Sequence]] = {}

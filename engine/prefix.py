@@ -16,10 +16,11 @@ class Node:
     """One full block of tokens after its parent's: ``key`` is the bytes of its int32 token ids.
 
     ``ready`` nodes are computed, and the tree owns their block. The others are *claimed*: a sequence
-    is computing them. ``stamp`` orders nodes by last use, ``serial`` by creation.
+    is computing them. ``shared`` nodes were found by a second sequence. ``stamp`` orders nodes by last
+    use, ``serial`` by creation.
     """
 
-    __slots__ = ("block", "children", "key", "parent", "ready", "serial", "stamp")
+    __slots__ = ("block", "children", "key", "parent", "ready", "serial", "shared", "stamp")
 
     def __init__(self, parent: Node | None, key: bytes, block: int, serial: int) -> None:
         self.parent = parent
@@ -27,7 +28,7 @@ class Node:
         self.block = block
         self.serial = serial
         self.stamp = 0
-        self.ready = False
+        self.ready = self.shared = False
         self.children: dict[bytes, Node] = {}
 
 
@@ -63,6 +64,7 @@ class PrefixTree:
         # Leaves that became idle, by (stamp, serial). Entries of nodes used since then are stale and
         # are skipped when popped.
         self._leaves: list[tuple[int, int, Node]] = []
+        self._unshared: list[tuple[int, int, Node]] = []  # those of them that only one sequence had
         self._serial = 0
         self._now = 0
 
@@ -88,6 +90,8 @@ class PrefixTree:
 
         Claims the full blocks that it is about to compute, as far as the tree does not have them.
         """
+        for node in matched:
+            node.shared = True
         node = matched[-1] if matched else self._root
         chain = Chain(node)
         width = self._width
@@ -135,10 +139,11 @@ class PrefixTree:
             assert node is not None
             node.stamp = self._now
             if not node.children:
-                heapq.heappush(self._leaves, (node.stamp, node.serial, node))
-        if len(self._leaves) > 2 * self._pool.num_blocks + 64:
-            self._leaves = [entry for entry in self._leaves if self._is_current(entry)]
-            heapq.heapify(self._leaves)
+                self._push(node)
+        for leaves in (self._leaves, self._unshared):
+            if len(leaves) > 2 * self._pool.num_blocks + 64:
+                leaves[:] = [entry for entry in leaves if self._is_current(entry)]
+                heapq.heapify(leaves)
 
     def evict(self, count: int) -> int:
         """Free up to ``count`` idle blocks, least recently used leaves first; returns how many.
@@ -146,9 +151,16 @@ class PrefixTree:
         It is ``count`` whenever the pool has as many idle blocks: an idle node has only idle nodes
         below it, since owners of a node's block own those of its ancestors.
         """
+        return self._evict(self._leaves, count)
+
+    def evict_unshared(self, count: int) -> int:
+        """The same of blocks that no second sequence has asked for."""
+        return self._evict(self._unshared, count)
+
+    def _evict(self, leaves: list[tuple[int, int, Node]], count: int) -> int:
         evicted = 0
-        while evicted < count and self._leaves:
-            entry = heapq.heappop(self._leaves)
+        while evicted < count and leaves:
+            entry = heapq.heappop(leaves)
             if not self._is_current(entry):
                 continue
             node = entry[2]
@@ -160,8 +172,12 @@ class PrefixTree:
             self._pool.evict(node.block)
             evicted += 1
             if parent is not self._root and not parent.children and self._is_idle(parent):
-                heapq.heappush(self._leaves, (parent.stamp, parent.serial, parent))
+                self._push(parent)
         return evicted
+
+    def _push(self, leaf: Node) -> None:
+        for leaves in (self._leaves,) if leaf.shared else (self._leaves, self._unshared):
+            heapq.heappush(leaves, (leaf.stamp, leaf.serial, leaf))
 
     def _is_idle(self, node: Node) -> bool:
         return node.ready and int(self._pool.references[node.block]) == 1
@@ -185,6 +201,7 @@ class PrefixTree:
         """Assert that tree and pool agree: cached blocks are the ready nodes', claims lie below ready
         nodes only, idle nodes have only idle nodes below, and every idle leaf can be evicted."""
         current = {id(entry[2]) for entry in self._leaves if self._is_current(entry)}
+        unshared = {id(entry[2]) for entry in self._unshared if self._is_current(entry)}
         cached = np.zeros(self._pool.num_blocks, np.bool_)
         nodes = [self._root]
         while nodes:
@@ -203,5 +220,6 @@ class PrefixTree:
             assert self._by_block[node.block] is node, "a block's node is another"
             if self._is_idle(node) and not node.children:
                 assert id(node) in current, "an idle leaf that can't be evicted"
+                assert node.shared == (id(node) not in unshared), "a leaf among the wrong ones"
         assert (cached == self._pool.cached).all(), "the tree and the pool disagree on cached blocks"
         assert sum(node is not None for node in self._by_block) == int(cached.sum()), "a dead node"

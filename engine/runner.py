@@ -133,6 +133,7 @@ class TorchRunner:
         self._decoder = decoder
         self._kv = kv
         self._device = decoder.device
+        self.fresh_blocks_cost = decoder.device.type == "cpu"
         self._rows = DeviceRows(
             max_rows,
             max_context,

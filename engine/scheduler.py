@@ -34,6 +34,10 @@ class Scheduler:
     sequence is admitted if the forecast says that it and the running ones reach their expected lengths
     without running out; if they do run out all the same, the one with the fewest computed tokens goes
     back to the queue, but never the oldest, so that some sequence always gets to its end.
+
+    Cached blocks make room when the pool is full. With ``spare_fresh_blocks``, for memory whose first use
+    costs time, those that only one sequence had also do so before a fresh block is taken, once a quarter
+    as many blocks are cached as are in use.
     """
 
     def __init__(
@@ -45,12 +49,14 @@ class Scheduler:
         max_batch_tokens: int,
         max_context: int,
         prefix_cache: bool,
+        spare_fresh_blocks: bool = False,
     ) -> None:
         self.block_size = block_size
         self.max_batch_tokens = max_batch_tokens
         self.max_rows = min(max_rows, max_batch_tokens)  # so that each can get its next token
         self.pool = BlockPool(num_blocks)
         self.tree = PrefixTree(self.pool, block_size) if prefix_cache else None
+        self._spare_fresh_blocks = spare_fresh_blocks
         self.num_waiting = 0
         self.preemptions = 0
         self.cached_tokens = 0
@@ -288,9 +294,15 @@ class Scheduler:
     # Blocks
 
     def _allocate(self, count: int) -> BlockIds:
-        if self.tree and count > self.pool.num_free:
-            self.tree.evict(count - self.pool.num_free)
-        return self.pool.allocate(count)
+        pool, tree = self.pool, self.tree
+        if tree and count > pool.num_free:
+            tree.evict(count - pool.num_free)
+        elif tree and self._spare_fresh_blocks:
+            used_before = pool.num_free - pool.num_fresh
+            surplus = pool.num_idle - self.blocks_in_use // 4
+            if count > used_before and surplus > 0:
+                tree.evict_unshared(min(count - used_before, surplus))
+        return pool.allocate(count)
 
     def _end(self, sequence: Sequence) -> None:
         """Its last token is planned: the row is free, the blocks are kept until the token is known."""

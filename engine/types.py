@@ -273,9 +273,11 @@ class Runner(Protocol):
     """Executes step plans in the order they are launched; the scheduler's view of a device.
 
     ``steps_in_flight`` is how many steps are launched before the first one's result is awaited.
+    ``fresh_blocks_cost`` says that a block's first use takes time, as the system finds memory for it.
     """
 
     steps_in_flight: int
+    fresh_blocks_cost: bool
     block_size: int
     num_blocks: int
     max_rows: int

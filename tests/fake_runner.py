@@ -115,6 +115,7 @@ class FakeRunner:
     max_context: int = 128
     seed: int = 0
     steps_in_flight: int = 1
+    fresh_blocks_cost: bool = False
     clock: FakeClock = field(default_factory=FakeClock)
     costs: StepCosts = COSTS
     fail_at: int | None = None

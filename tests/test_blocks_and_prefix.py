@@ -106,6 +106,19 @@ def test_least_recently_used_leaves_go_first_and_parents_after_them():
     assert pool.num_free == 5
 
 
+def test_what_a_second_sequence_asked_for_is_kept_from_sparing():
+    pool = BlockPool(8)
+    tree = PrefixTree(pool, BLOCK)
+    leave(pool, tree, *fill(pool, tree, data(1, 2, 3, 4)))
+    leave(pool, tree, *fill(pool, tree, data(1, 2, 3, 4, 5, 6)))  # had the first two, and computed one
+    leave(pool, tree, *fill(pool, tree, data(7, 8)))
+    assert pool.num_idle == 4 and pool.num_fresh == 4
+    assert tree.evict_unshared(1) == 1 and cached(tree, 1, 2, 3, 4, 5, 6) == 2
+    assert tree.evict_unshared(5) == 1 and cached(tree, 7, 8) == 0
+    tree.check()
+    assert tree.evict(5) == 2 and pool.num_free == 8 and pool.num_fresh == 4
+
+
 def test_blocks_in_use_are_not_evicted():
     pool = BlockPool(4)
     tree = PrefixTree(pool, BLOCK)

@@ -109,6 +109,7 @@ def random_engine(fakes, rng):
         prefix_cache=rng.random() < 0.7,
         steps_in_flight=rng.choice([1, 1, 2, 3, 4]),
         runner={
+            "fresh_blocks_cost": rng.choice([False, True]),
             "block_size": block_size,
             "max_context": max_context,
             "num_blocks": rng.choice([smallest, smallest + 2, 2 * smallest, 10 * smallest]),
@@ -220,6 +221,28 @@ def complete(fakes, prompt, sampling, *, runner=None, **settings):
     assert_right(fakes, fake, [request], items)
     assert_conserved(loop, items)
     return items, loop, fake
+
+
+def test_fresh_blocks_are_spared_where_they_cost_and_shared_prefixes_stay(fakes):
+    """The last prompts begin as the first ones do, long after others took as many blocks many times."""
+    common = (7, 8) * 8
+    prompts = [(*(common if i not in range(3, 57) else ()), i % 6, i // 6, 5, 4, 3, 2) for i in range(60)]
+    requests = [Request(i, prompt, SamplingParams(max_tokens=6)) for i, prompt in enumerate(prompts)]
+    fresh, cached = [], []
+    for cost in (False, True):
+        loop, runner = make_loop(
+            fakes,
+            max_sequences=2,
+            runner={"fresh_blocks_cost": cost, "block_size": 4, "num_blocks": 400},
+        )
+        items = [
+            item for part in (requests[:3], requests[3:57], requests[57:]) for item in finish(loop, part)
+        ]
+        assert_right(fakes, runner, requests, items)
+        fresh.append(loop._scheduler.pool.num_fresh)
+        cached.append(sum(item.cached_tokens for item in items))
+    assert fresh[0] < 330 < 370 < fresh[1], fresh
+    assert cached[0] == cached[1] == 5 * 16, cached
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 5, 8, 9])

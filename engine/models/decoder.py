@@ -130,6 +130,8 @@ class Decoder:
             for i, layer in enumerate(config.layers)
         ]
         del self._source
+        uncapped = config.final_soft_cap <= 0.0
+        self._best = ops if uncapped and isinstance(ops, BestLogitsOperator) else None
         self._all = self._recorded(self._layers)
         self._before_last = self._recorded(self._layers[:-1])
 
@@ -172,9 +174,7 @@ class Decoder:
         None where the logits have to be computed for it: by operators that can't do without, and where
         they are capped, as the cap may round two of them to one.
         """
-        if self.config.final_soft_cap > 0.0 or not isinstance(self._ops, BestLogitsOperator):
-            return None
-        return self._ops.best_logits(hidden, self._head)
+        return None if self._best is None else self._best.best_logits(hidden, self._head)
 
     def _load_layer(self, name: str) -> LayerWeights:
         config = self.config
