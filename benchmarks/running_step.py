@@ -29,6 +29,8 @@ from batchinfer.kernels.cpu.recording import Recording
 KERNELS = (
     "linear",
     "linear_int8",
+    "choose",
+    "choose_int8",
     "rms_norm",
     "rotary_and_store",
     "attention",
@@ -59,7 +61,7 @@ class Stopwatch:
 
 def _what(name: str, arguments: tuple[Any, ...]) -> str:
     """A product by its shape, any other kernel by its name."""
-    if not name.startswith("linear"):
+    if not name.startswith(("linear", "choose")):
         return name
     product = arguments[0]._obj  # what ctypes.byref was given
     return f"{name} {product.in_features} -> {product.out_features}"
