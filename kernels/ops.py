@@ -239,7 +239,6 @@ class RecordingOperators(Protocol):
         """``work`` to the bit, with less time between its operators.
 
         It must make the same calls whatever its tensors hold, and use nothing else on what they return.
-        Results lie in memory that the next call writes over.
         """
         ...
 
